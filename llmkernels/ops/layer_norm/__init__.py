@@ -1,0 +1,1 @@
+"""LayerNorm, residual + dropout + LayerNorm, RMSNorm."""
