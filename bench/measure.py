@@ -1,0 +1,144 @@
+"""Clocks, ceilings and the record of one measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Run = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One provider on one shape: seconds are medians; share_of_floor is floor over measured, where a GPU was timed."""
+
+    op: str
+    variant: str
+    direction: str  # forward, backward, both
+    provider: str
+    rows: int
+    columns: int
+    dtype: str
+    match: bool
+    match_detail: str
+    median_seconds: float
+    p20_seconds: float
+    p80_seconds: float
+    floor_bytes: int
+    gigabytes_per_second: float
+    share_of_copy_rate: float | None
+    peak_bytes: int | None
+
+
+def _flush_buffer(device: torch.device) -> torch.Tensor:
+    """Twice the L2 of any GPU so far: writing it turns every cached input out."""
+    return torch.empty(256 << 20, dtype=torch.int8, device=device)
+
+
+def seconds_on_gpu(run: Run, device: torch.device, repeats: int = 50) -> list[float]:
+    """One time per replay of ``run`` as a CUDA graph, L2 cold, so that neither the host nor the cache is measured.
+
+    Call it under a stream that is not the default one, and make the autograd graph of a backward under it too: a capture
+    takes one stream. Falls back to plain launches where ``run`` can't be captured.
+    """
+    flush = _flush_buffer(device)
+    for _ in range(3):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+            run()
+        replay: Run = graph.replay
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        replay = run
+    events = []
+    for _ in range(repeats + 3):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        replay()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in events[3:]]
+
+
+def seconds_on_cpu(run: Run, repeats: int = 20) -> list[float]:
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return times[2:]
+
+
+def seconds(run: Run, device: torch.device) -> list[float]:
+    return seconds_on_gpu(run, device) if device.type == "cuda" else seconds_on_cpu(run)
+
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    """The 50th, 20th and 80th."""
+    fifths = statistics.quantiles(times, n=5)
+    return statistics.median(times), fifths[0], fifths[3]
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """Bytes that ``run`` allocates at its peak beyond what was held before it."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def copy_rate(device: torch.device) -> float | None:
+    """Bytes per second, read and written, of a 2 GiB device-to-device copy of random data: the ceiling of every
+    memory-bound op, measured in the same run. None off the GPU."""
+    if device.type != "cuda":
+        return None
+    source = torch.empty(1 << 29, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    median, _, _ = percentiles(seconds_on_gpu(lambda: target.copy_(source), device, 20))
+    return 2 * source.nbytes / median
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        found = subprocess.run(
+            ("git", *arguments), cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a figure means nothing without: commit, device, versions, date."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton_version,
+        "python": platform.python_version(),
+    }
