@@ -51,7 +51,12 @@ def _plot(records: list[Record], path: Path, title: str) -> None:
                 ]
                 if points:
                     axes.plot(*zip(*sorted(points), strict=True), marker="o", label=provider)
-            axes.set(xscale="log", title=f"{variant}, {direction}", xlabel="columns", ylabel="GB/s of the floor's bytes")
+            axes.set(
+                xscale="log",
+                title=f"{variant}, {direction}",
+                xlabel="columns",
+                ylabel="GB/s of the floor's bytes",
+            )
             axes.grid(True, alpha=0.3)
     grid[0][0].legend(fontsize=7)
     figure.suptitle(title)
@@ -64,9 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", choices=sorted(OPS), action="append", help="default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--provider", action="append", default=[], help="only these; default: all that are here")
+    parser.add_argument(
+        "--provider", action="append", default=[], help="only these; default: all that are here"
+    )
     parser.add_argument("--quick", action="store_true", help="two small shapes; the default off the GPU")
-    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="folder for JSON, CSV and PNG")
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench-results"), help="folder for JSON, CSV and PNG"
+    )
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -79,7 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shapes = module.QUICK_SHAPES if options.quick or device.type != "cuda" else module.SHAPES
         dtype = getattr(torch, options.dtype)
         # A stream of our own, since the default one can't be captured into a CUDA graph.
-        with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
+        with (
+            torch.cuda.stream(torch.cuda.Stream(device))
+            if device.type == "cuda"
+            else contextlib.nullcontext()
+        ):
             records = module.run(device, dtype, shapes, tuple(options.provider), _print_row)
         stem = options.output / f"{op}-{options.dtype}-{str(found_environment['device']).replace(' ', '-')}"
         rows = [dataclasses.asdict(record) for record in records]

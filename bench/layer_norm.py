@@ -19,7 +19,9 @@ from .measure import Record, copy_rate, peak_bytes, percentiles, seconds
 Outputs = tuple[Tensor, ...]
 Function = Callable[[dict[str, Tensor]], Outputs]
 
-SHAPES = tuple((max(1, min(32768, 2**28 // n)), n) for n in (256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 262144))
+SHAPES = tuple(
+    (max(1, min(32768, 2**28 // n)), n) for n in (256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 262144)
+)
 QUICK_SHAPES = ((64, 256), (64, 1000))
 MATCH_ROWS = 64
 
@@ -41,11 +43,13 @@ class Variant:
         return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
     def floor_bytes(self, tensors: dict[str, Tensor], direction: str) -> int:
-        """Each row tensor read or written once: the least that any kernel moves; parameters are noise beside it."""
+        """Each row tensor read or written once: the least that any kernel moves; parameters are noise beside
+        it."""
         x = tensors["input"].nbytes
         residual = tensors["residual"].nbytes if "residual" in tensors else 0
         forward = 2 * x + 2 * residual
-        # Reads the gradients of the outputs and z, writes those of the inputs: one tensor where they are the same.
+        # Reads the gradients of the outputs and z, writes those of the inputs: one tensor where they are the
+        # same.
         separate = residual and (self.dropout_p > 0 or tensors["residual"].dtype != tensors["input"].dtype)
         backward = x + (2 * residual or x) + (residual + x if separate else residual or x)
         return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
@@ -64,7 +68,9 @@ def _ours(variant: Variant, backend: str) -> Function:
     def function(tensors: dict[str, Tensor]) -> Outputs:
         options = {"dropout_p": variant.dropout_p} if variant.op == "add_layer_norm" else {}
         shape = tensors["input"].shape[-1:]
-        outputs = getattr(llmkernels, variant.op)(**tensors, normalized_shape=shape, backend=backend, **options)
+        outputs = getattr(llmkernels, variant.op)(
+            **tensors, normalized_shape=shape, backend=backend, **options
+        )
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return function
@@ -115,7 +121,8 @@ def providers(variant: Variant, device: torch.device, dtype: torch.dtype) -> dic
 
 
 def _match(variant: Variant, function: Function, tensors: dict[str, Tensor]) -> tuple[bool, str]:
-    """Outputs and input gradients of the first rows against float64; dropout by its share of kept elements."""
+    """Outputs and input gradients of the first rows against float64; dropout by its share of kept
+    elements."""
     few = {
         name: (tensor[:MATCH_ROWS] if tensor.dim() > 1 else tensor).detach().requires_grad_()
         for name, tensor in tensors.items()
@@ -127,7 +134,9 @@ def _match(variant: Variant, function: Function, tensors: dict[str, Tensor]) -> 
     exact_inputs = {name: tensor.detach().double().requires_grad_() for name, tensor in few.items()}
     reference = _eager(variant)
     exact, own = reference(exact_inputs), reference(few)
-    gradients = [torch.autograd.grad(ys[0].sum(), ts["input"])[0] for ys, ts in ((outputs, few), (exact, exact_inputs))]
+    gradients = [
+        torch.autograd.grad(ys[0].sum(), ts["input"])[0] for ys, ts in ((outputs, few), (exact, exact_inputs))
+    ]
     own_gradient = torch.autograd.grad(own[0].sum(), few["input"])[0]
     comparisons = [testing.measure(outputs[0], exact[0], own[0])]
     magnitude = (exact_inputs["weight"].abs().max() * torch.ones_like(gradients[1])).detach()
@@ -143,7 +152,8 @@ def run(
     only: tuple[str, ...],
     report: Callable[[Record], None],
 ) -> list[Record]:
-    """Every variant, shape, provider and direction; a provider that does not match is recorded and not timed."""
+    """Every variant, shape, provider and direction; a provider that does not match is recorded and not
+    timed."""
     ceiling = copy_rate(device)
     records: list[Record] = []
     for variant in VARIANTS:

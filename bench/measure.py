@@ -18,7 +18,8 @@ Run = Callable[[], object]
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One provider on one shape: seconds are medians; share_of_floor is floor over measured, where a GPU was timed."""
+    """One provider on one shape: seconds are medians; share_of_floor is floor over measured, where a GPU was
+    timed."""
 
     op: str
     variant: str
@@ -44,10 +45,11 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
 
 
 def seconds_on_gpu(run: Run, device: torch.device, repeats: int = 50) -> list[float]:
-    """One time per replay of ``run`` as a CUDA graph, L2 cold, so that neither the host nor the cache is measured.
+    """One time per replay of ``run`` as a CUDA graph, L2 cold, so that neither the host nor the cache is
+    measured.
 
-    Call it under a stream that is not the default one, and make the autograd graph of a backward under it too: a capture
-    takes one stream. Falls back to plain launches where ``run`` can't be captured.
+    Call it under a stream that is not the default one, and make the autograd graph of a backward under it
+    too: a capture takes one stream. Falls back to plain launches where ``run`` can't be captured.
     """
     flush = _flush_buffer(device)
     for _ in range(3):
@@ -104,8 +106,8 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
 
 
 def copy_rate(device: torch.device) -> float | None:
-    """Bytes per second, read and written, of a 2 GiB device-to-device copy of random data: the ceiling of every
-    memory-bound op, measured in the same run. None off the GPU."""
+    """Bytes per second, read and written, of a 2 GiB device-to-device copy of random data: the ceiling of
+    every memory-bound op, measured in the same run. None off the GPU."""
     if device.type != "cuda":
         return None
     source = torch.empty(1 << 29, dtype=torch.float32, device=device).normal_()
@@ -136,7 +138,9 @@ def environment(device: torch.device) -> dict[str, object]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton_version,

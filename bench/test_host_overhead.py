@@ -1,8 +1,8 @@
 """What a call costs on the host, beside torch's own: ``pytest bench/test_host_overhead.py``; needs no GPU.
 
-The automatic path on a CPU tensor is torch's operator plus the package's checks and dispatch. The kernel path is timed
-with a kernel that only allocates its outputs, so that what is left is everything around a launch: checks, dispatch,
-autograd.Function and torch.library. One tiny row, so that no arithmetic shows.
+The automatic path on a CPU tensor is torch's operator plus the package's checks and dispatch. The kernel
+path is timed with a kernel that only allocates its outputs, so that what is left is everything around a
+launch: checks, dispatch, autograd.Function and torch.library. One tiny row, so that no arithmetic shows.
 """
 
 from __future__ import annotations

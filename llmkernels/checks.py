@@ -1,4 +1,5 @@
-"""Argument errors that name the argument, say what was expected and what came, and are of the kind torch raises."""
+"""Argument errors that name the argument, say what was expected and what came, and are of the kind torch
+raises."""
 
 from __future__ import annotations
 
@@ -33,14 +34,20 @@ def check_device(op: str, argument: str, value: Tensor, like: Tensor) -> None:
 
 
 def check_normalized_shape(op: str, normalized_shape: Sequence[int], input: Tensor) -> tuple[int, ...]:
-    """The shape as a tuple of ints. TypeError for anything but a sequence of ints, RuntimeError where it is empty
-    or does not end the input's shape, as torch.nn.functional.layer_norm raises them."""
+    """The shape as a tuple of ints. TypeError for anything but a sequence of ints, RuntimeError where it is
+    empty or does not end the input's shape, as torch.nn.functional.layer_norm raises them."""
     if not isinstance(normalized_shape, (tuple, list)):
         fail(TypeError, op, "normalized_shape", "a tuple of ints", type(normalized_shape).__name__)
     shape = tuple(normalized_shape)
     for size in shape:
         if type(size) is not int and not hasattr(size, "__index__"):
-            fail(TypeError, op, "normalized_shape", "a tuple of ints", f"an element of type {type(size).__name__}")
+            fail(
+                TypeError,
+                op,
+                "normalized_shape",
+                "a tuple of ints",
+                f"an element of type {type(size).__name__}",
+            )
     if not shape:
         fail(RuntimeError, op, "normalized_shape", "at least one dimension", list(shape))
     if input.shape[-len(shape) :] != shape:
@@ -49,8 +56,8 @@ def check_normalized_shape(op: str, normalized_shape: Sequence[int], input: Tens
 
 
 def check_parameter(op: str, argument: str, value: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
-    """A norm's weight or bias: of normalized_shape, on the input's device, in the input's dtype or, beside an fp16
-    or bf16 input, in float32."""
+    """A norm's weight or bias: of normalized_shape, on the input's device, in the input's dtype or, beside
+    an fp16 or bf16 input, in float32."""
     check_tensor(op, argument, value)
     if value.shape != shape:
         fail(RuntimeError, op, argument, f"the shape of normalized_shape {list(shape)}", list(value.shape))

@@ -1,12 +1,12 @@
 """Which backend serves a call, and why the others were passed over.
 
-An op hands over a *call*, a NamedTuple of what the choice may depend on (dtypes, device, features; never sizes or
-tensors, so that a choice can be cached and made once under torch.compile), and the modules of its kernels. Each kernel
-module exports ``unsupported(call) -> list[str]``: sentences, none if it can serve.
+An op hands over a *call*, a NamedTuple of what the choice may depend on (dtypes, device, features; never
+sizes or tensors, so that a choice can be cached and made once under torch.compile), and the modules of its
+kernels. Each kernel module exports ``unsupported(call) -> list[str]``: sentences, none if it can serve.
 
-Order of authority: ``backend=`` of the call (raises if it can't serve), then ``use_backend()``, then the environment
-variable LLMKERNELS_BACKEND (both are preferences: a call they can't serve goes on to torch, as explain() shows), then
-the op's own automatic rule.
+Order of authority: ``backend=`` of the call (raises if it can't serve), then ``use_backend()``, then the
+environment variable LLMKERNELS_BACKEND (both are preferences: a call they can't serve goes on to torch, as
+explain() shows), then the op's own automatic rule.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ _recordings: list[Explanation] = []
 
 
 class use_backend(contextlib.ContextDecorator):
-    """Sets the default backend of the process, at once; as a context manager it puts the old one back at its end.
+    """Sets the default backend of the process, at once; as a context manager it puts the old one back at its
+    end.
 
-    ``None`` returns to the automatic rule. The default is a preference: a call that it can't serve runs through torch,
-    with the reason in ``explain()``; ``backend=`` of a call is an order instead and raises. It is one setting for all
-    threads.
+    ``None`` returns to the automatic rule. The default is a preference: a call that it can't serve runs
+    through torch, with the reason in ``explain()``; ``backend=`` of a call is an order instead and raises.
+    It is one setting for all threads.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -98,7 +99,8 @@ class use_backend(contextlib.ContextDecorator):
 
 @contextlib.contextmanager
 def explain() -> Iterator[Explanation]:
-    """Records, for each call of an op inside the block, the backend that served it and why the others did not.
+    """Records, for each call of an op inside the block, the backend that served it and why the others did
+    not.
 
     >>> with llmkernels.explain() as calls:
     ...     model(batch)
@@ -117,7 +119,8 @@ def explain() -> Iterator[Explanation]:
 
 @functools.cache
 def load(module: str) -> ModuleType | str:
-    """The kernel module, or the reason why it can't be imported here (triton has no wheel for every platform)."""
+    """The kernel module, or the reason why it can't be imported here (triton has no wheel for every
+    platform)."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -157,13 +160,17 @@ def _decide(
         if serves(asked):
             return decision(asked, "asked for by backend=")
         reasons = "; ".join(passed_over[0][1])
-        raise RuntimeError(f"{call.op}: backend: expected one that can serve this call, got {asked!r}: {reasons}")
+        raise RuntimeError(
+            f"{call.op}: backend: expected one that can serve this call, got {asked!r}: {reasons}"
+        )
     if preferred is not None:
         if serves(preferred):
             return decision(preferred, "preferred by use_backend() or LLMKERNELS_BACKEND")
         return decision("torch", "the preferred backend can't serve this call")
     if call.device.type != "cuda":
-        passed_over.extend((name, (f"the input is on {call.device.type}, not on a GPU",)) for name in automatic)
+        passed_over.extend(
+            (name, (f"the input is on {call.device.type}, not on a GPU",)) for name in automatic
+        )
         return decision("torch", "torch's own operator is the fastest off the GPU")
     for name in automatic:
         if serves(name):
@@ -172,14 +179,16 @@ def _decide(
 
 
 def _decide_and_record(kind: type, fields: tuple[Any, ...], *arguments: Any) -> str:
-    """Of plain arguments and a plain result: torch.compile runs it while tracing and takes the result as a constant."""
+    """Of plain arguments and a plain result: torch.compile runs it while tracing and takes the result as a
+    constant."""
     decision = _decide(kind(*fields), *arguments)
     for recording in _recordings:
         recording.append(decision)
     return decision.backend
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import the whole of torch._dynamo, and triton.
+# What torch.compiler.assume_constant_result sets; calling it would import the whole of torch._dynamo, and
+# triton.
 _decide_and_record._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -188,9 +197,9 @@ def choose(
 ) -> str:
     """The name of the backend that serves ``call``.
 
-    modules: (backend, module name) pairs of the op; automatic: the backends of its measured rule, fastest first, tried
-    for tensors on a GPU. Raises ValueError for an unknown name and RuntimeError, with every reason, where ``asked``
-    can't serve.
+    modules: (backend, module name) pairs of the op; automatic: the backends of its measured rule, fastest
+    first, tried for tensors on a GPU. Raises ValueError for an unknown name and RuntimeError, with every
+    reason, where ``asked`` can't serve.
     """
     if _recordings or torch.compiler.is_compiling():
         return _decide_and_record(type(call), tuple(call), modules, automatic, asked, _preferred)
@@ -198,8 +207,8 @@ def choose(
 
 
 def leaves_to_torch(input: Tensor, asked: str | None) -> bool:
-    """Whether ``choose`` is sure to answer "torch" and nobody is listening: the short cut that keeps a call on
-    a CPU tensor as cheap as torch's own."""
+    """Whether ``choose`` is sure to answer "torch" and nobody is listening: the short cut that keeps a call
+    on a CPU tensor as cheap as torch's own."""
     return asked is None and not input.is_cuda and _preferred is None and not _recordings
 
 

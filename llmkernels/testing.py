@@ -1,8 +1,8 @@
 """The error budget that every kernel is held to, and the inputs that it is tried on.
 
-Budget, not tolerance: a result may err twice as far from float64 as torch does in the same dtype, plus a band of a few
-units in the last place for the rounding of the result and of its intermediates, in the maximum and in the root mean
-square of every row. The constants below are the only numeric tolerances of the project.
+Budget, not tolerance: a result may err twice as far from float64 as torch does in the same dtype, plus a band
+of a few units in the last place for the rounding of the result and of its intermediates, in the maximum and
+in the root mean square of every row. The constants below are the only numeric tolerances of the project.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic as _memory
 
 # |ours - f64| <= FACTOR * |torch - f64| + band: torch's own rounding is what users have accepted already.
 FACTOR = 2.0
-# Rounding of the result itself to its dtype, in ulps of the row's largest value: 1 in the maximum (a correctly rounded
-# result errs by half; the other half pays for a tie decided by the last bit of float32), half of that in the mean.
+# Rounding of the result itself to its dtype, in ulps of the row's largest value: 1 in the maximum (a
+# correctly rounded result errs by half; the other half pays for a tie decided by the last bit of float32),
+# half of that in the mean.
 ROUNDING_ULPS_MAX, ROUNDING_ULPS_RMS = 1.0, 0.5
-# float32 arithmetic (float64 for float64 tensors) before that rounding, in ulps of the largest intermediate of the row.
+# float32 arithmetic (float64 for float64 tensors) before that rounding, in ulps of the largest intermediate
+# of the row.
 ARITHMETIC_ULPS = 8.0
 
 
@@ -33,7 +36,8 @@ class Comparison(NamedTuple):
     detail: str
 
     def __str__(self) -> str:
-        return f"error {self.error:.3e}, torch's {self.baseline_error:.3e}, allowed {self.allowed:.3e} ({self.detail})"
+        figures = f"error {self.error:.3e}, torch's {self.baseline_error:.3e}, allowed {self.allowed:.3e}"
+        return f"{figures} ({self.detail})"
 
 
 def _rows64(tensor: Tensor) -> Tensor:
@@ -56,13 +60,15 @@ def _rms(values: Tensor) -> Tensor:
     return values.square().mean(dim=1).sqrt()
 
 
-def measure(actual: Tensor, expected: Tensor, baseline: Tensor, magnitude: Tensor | None = None) -> Comparison:
+def measure(
+    actual: Tensor, expected: Tensor, baseline: Tensor, magnitude: Tensor | None = None
+) -> Comparison:
     """Holds ``actual`` to the budget.
 
-    actual: the result, any floating dtype. expected: the same computed in float64 from the same inputs. baseline:
-    torch's result in the dtype of ``actual``. magnitude: broadcastable to expected, the size of the float32
-    intermediates whose rounding the result inherits (a sum's terms, say), by default the result's own. A float64 value
-    beyond the dtype's range is expected to come out as that dtype's infinity.
+    actual: the result, any floating dtype. expected: the same computed in float64 from the same inputs.
+    baseline: torch's result in the dtype of ``actual``. magnitude: broadcastable to expected, the size of the
+    float32 intermediates whose rounding the result inherits (a sum's terms, say), by default the result's
+    own. A float64 value beyond the dtype's range is expected to come out as that dtype's infinity.
     """
     dtype = actual.dtype
     if actual.shape != expected.shape or baseline.shape != expected.shape:
@@ -105,7 +111,8 @@ def measure(actual: Tensor, expected: Tensor, baseline: Tensor, magnitude: Tenso
 def assert_within_budget(
     actual: Tensor, expected: Tensor, baseline: Tensor, *, name: str, magnitude: Tensor | None = None
 ) -> Comparison:
-    """Raises AssertionError, naming the tensor, its worst row and the three errors, unless ``measure`` passes."""
+    """Raises AssertionError, naming the tensor, its worst row and the three errors, unless ``measure``
+    passes."""
     comparison = measure(actual, expected, baseline, magnitude)
     if not comparison.passed:
         raise AssertionError(f"{name} {list(actual.shape)} {actual.dtype}: {comparison}")
@@ -114,17 +121,18 @@ def assert_within_budget(
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, torch.empty and its kin hold NaN (integers their largest value): what a kernel leaves unwritten shows."""
+    """Inside, torch.empty and its kin hold NaN (integers their largest value): what a kernel leaves unwritten
+    shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = _memory.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    _memory.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[assignment]
+        _memory.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def _sliced(tensor: Tensor) -> Tensor:
@@ -143,7 +151,8 @@ def _transposed(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)
 
 
-# Ways to lay out the same values: what reaches a kernel from a sliced projection, an odd offset, a permuted batch.
+# Ways to lay out the same values: what reaches a kernel from a sliced projection, an odd offset, a permuted
+# batch.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": torch.Tensor.contiguous,
     "sliced": _sliced,
@@ -163,7 +172,8 @@ def random_tensor(
     scale: float = 1.0,
     requires_grad: bool = False,
 ) -> Tensor:
-    """A leaf of normal values ``shift + scale * N(0, 1)``, drawn on the CPU so that every device sees the same ones."""
+    """A leaf of normal values ``shift + scale * N(0, 1)``, drawn on the CPU so that every device sees the
+    same ones."""
     generator = torch.Generator().manual_seed(seed)
     values = (shift + scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
     return LAYOUTS[layout](values.to(device)).detach().requires_grad_(requires_grad)

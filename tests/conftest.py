@@ -1,7 +1,7 @@
 """One backend fixture for all tests: the same body runs on every backend, on the CPU and on a GPU alike.
 
-Where there is no GPU, the Triton kernels run through Triton's interpreter and the CUDA C++ kernels through the
-emulator (tests/emulator), both on CPU tensors.
+Where there is no GPU, the Triton kernels run through Triton's interpreter and the CUDA C++ kernels through
+the emulator (tests/emulator), both on CPU tensors.
 """
 
 from __future__ import annotations

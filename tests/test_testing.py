@@ -27,7 +27,8 @@ def test_a_few_ulps_fail(dtype: torch.dtype) -> None:
 
 
 def test_small_error_everywhere_fails_in_the_mean() -> None:
-    """A wrong constant moves every element by less than the largest rounding, and the root mean square sees it."""
+    """A wrong constant moves every element by less than the largest rounding, and the root mean square sees
+    it."""
     rounded = EXACT.to(torch.bfloat16)
     exact_but_shifted = EXACT + 0.009 * EXACT.abs().amax(dim=1, keepdim=True)
     comparison = testing.measure(exact_but_shifted.to(torch.bfloat16), EXACT, EXACT.to(torch.bfloat16))
@@ -61,7 +62,9 @@ def test_overflow_of_the_dtype_is_its_infinity() -> None:
 
 
 def test_message_names_the_tensor() -> None:
-    with pytest.raises(AssertionError, match=r"gradient of x \[4, 64\] torch.float32: error .* of the budget"):
+    with pytest.raises(
+        AssertionError, match=r"gradient of x \[4, 64\] torch.float32: error .* of the budget"
+    ):
         testing.assert_within_budget(EXACT.float() + 1, EXACT, EXACT.float(), name="gradient of x")
     with pytest.raises(AssertionError, match="shapes of actual, expected and baseline differ"):
         testing.measure(EXACT[:1].float(), EXACT, EXACT.float())
@@ -77,7 +80,8 @@ def test_poisoned_memory_and_its_end() -> None:
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts_keep_the_values(layout: str) -> None:
     tensors = [
-        testing.random_tensor((2, 3, 5), torch.float32, "cpu", 0, layout=name) for name in ("contiguous", layout)
+        testing.random_tensor((2, 3, 5), torch.float32, "cpu", 0, layout=name)
+        for name in ("contiguous", layout)
     ]
     assert torch.equal(*tensors)
     if layout == "misaligned":

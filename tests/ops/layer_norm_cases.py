@@ -1,4 +1,5 @@
-"""A norm call as data: its inputs, the same through torch's own operators, and its comparison with float64."""
+"""A norm call as data: its inputs, the same through torch's own operators, and its comparison with
+float64."""
 
 from __future__ import annotations
 
@@ -48,9 +49,15 @@ class Case:
             seed = 1000 * self.seed + sum(map(ord, name))
             return testing.random_tensor(shape, dtype, device, seed, requires_grad=True, **how)  # type: ignore[arg-type]
 
-        tensors = {"input": draw("input", self.shape, self.dtype, layout=self.layout, shift=self.shift, scale=self.scale)}
+        tensors = {
+            "input": draw(
+                "input", self.shape, self.dtype, layout=self.layout, shift=self.shift, scale=self.scale
+            )
+        }
         if self.op == "add_layer_norm":
-            tensors["residual"] = draw("residual", self.shape, self.residual_in or self.dtype, layout=self.layout)
+            tensors["residual"] = draw(
+                "residual", self.shape, self.residual_in or self.dtype, layout=self.layout
+            )
         if self.weight:
             tensors["weight"] = draw("weight", self.normalized_shape, parameter_dtype)
         if self.bias and self.op != "rms_norm":
@@ -76,7 +83,8 @@ class Case:
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def torch_call(self, tensors: dict[str, Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
-        """The same through torch's own operators, with a given dropout mask; in float64 if the tensors are."""
+        """The same through torch's own operators, with a given dropout mask; in float64 if the tensors
+        are."""
         x, weight, bias = tensors["input"], tensors.get("weight"), tensors.get("bias")
         if self.op == "rms_norm":
             return (F.rms_norm(x, self.normalized_shape, weight, self.eps),)
@@ -105,7 +113,8 @@ def _mask_of_next_call(case: Case, x: Tensor, backend: str | None) -> Tensor:
 
 def _leaves(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     return {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype).requires_grad_() for name, tensor in tensors.items()
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).requires_grad_()
+        for name, tensor in tensors.items()
     }
 
 
@@ -116,7 +125,9 @@ def _gradients(
     return dict(zip(tensors, found, strict=True))
 
 
-def _magnitudes(case: Case, tensors: dict[str, Tensor], outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]):
+def _magnitudes(
+    case: Case, tensors: dict[str, Tensor], outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
+):
     """Sizes of the float32 intermediates whose rounding a gradient inherits, from the float64 call."""
     n = case.n
     z = (outputs[1] if len(outputs) > 1 else tensors["input"]).detach().reshape(-1, n)

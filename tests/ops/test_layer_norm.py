@@ -52,7 +52,9 @@ def test_random_calls(backend: str, device: torch.device, seed: int) -> None:
     check(random_case(seed), backend, device)
 
 
-@pytest.mark.parametrize("n", (1, 7, 229, 541, 1023, 1024, 1025, 3000, 4096, 8191, 12288, 32768, 65537, 262144))
+@pytest.mark.parametrize(
+    "n", (1, 7, 229, 541, 1023, 1024, 1025, 3000, 4096, 8191, 12288, 32768, 65537, 262144)
+)
 @pytest.mark.parametrize("op", OPS)
 def test_widths(backend: str, device: torch.device, op: str, n: int) -> None:
     """From one column to the widest rows: every row of every tile table, the looped paths too."""
@@ -112,8 +114,8 @@ def _with_rows(tensors: dict[str, torch.Tensor], row: torch.Tensor) -> dict[str,
 @pytest.mark.parametrize("value", (1e30, -1e30))
 @pytest.mark.parametrize("op", ("layer_norm", "rms_norm"))
 def test_variance_overflow(kernel_backend: str, device: torch.device, op: str, value: float) -> None:
-    """The square of 1e30 is no float32: then rstd is 0 and the row comes out as zeros, where torch's CPU operator gives
-    NaN (pytorch#178123). A constant row of 1e30 has no variance and is no such case."""
+    """The square of 1e30 is no float32: then rstd is 0 and the row comes out as zeros, where torch's CPU
+    operator gives NaN (pytorch#178123). A constant row of 1e30 has no variance and is no such case."""
     x = torch.linspace(-1, 1, 64, device=device).mul(value).expand(2, 64).contiguous().requires_grad_()
     y = getattr(llmkernels, op)(x, (64,), backend=kernel_backend)
     (dx,) = torch.autograd.grad(y.sum(), x)
@@ -232,7 +234,9 @@ def test_gradients_are_bitwise_reproducible(backend: str, device: torch.device, 
     for _ in range(3):
         torch.manual_seed(5)
         outputs = case.call(tensors, backend)
-        runs.append((*outputs, *torch.autograd.grad(outputs, list(tensors.values()), case.output_gradients(outputs))))
+        runs.append(
+            (*outputs, *torch.autograd.grad(outputs, list(tensors.values()), case.output_gradients(outputs)))
+        )
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
@@ -245,7 +249,9 @@ def test_only_wanted_gradients(backend: str, device: torch.device, wanted: str) 
     torch.manual_seed(0)
     outputs = case.call(tensors, backend)
     gradients = case.output_gradients(outputs)
-    everything = dict(zip(tensors, torch.autograd.grad(outputs, list(tensors.values()), gradients), strict=True))
+    everything = dict(
+        zip(tensors, torch.autograd.grad(outputs, list(tensors.values()), gradients), strict=True)
+    )
     for name, tensor in tensors.items():
         tensor.requires_grad_(name == wanted)
     torch.manual_seed(0)
@@ -265,7 +271,9 @@ def test_one_output_unused(backend: str, device: torch.device, used: int) -> Non
     dy = case.output_gradients(outputs)[used]
     found = torch.autograd.grad(outputs[used], [tensors["input"], tensors["residual"]], dy)
     leaves = {name: tensor.detach().cpu().requires_grad_() for name, tensor in tensors.items()}
-    own = torch.autograd.grad(case.torch_call(leaves, None)[used], [leaves["input"], leaves["residual"]], dy.cpu())
+    own = torch.autograd.grad(
+        case.torch_call(leaves, None)[used], [leaves["input"], leaves["residual"]], dy.cpu()
+    )
     for a, b in zip(found, own, strict=True):
         testing.assert_within_budget(a, b.double(), b, name=f"gradient through output {used}")
 
@@ -288,7 +296,9 @@ def test_philox_known_answers() -> None:
 
 
 @pytest.mark.parametrize("shape", ((3, 1), (5, 7), (4, 64), (2, 1025)))
-def test_dropout_mask_is_the_reference_mask(kernel_backend: str, device: torch.device, shape: tuple[int, int]) -> None:
+def test_dropout_mask_is_the_reference_mask(
+    kernel_backend: str, device: torch.device, shape: tuple[int, int]
+) -> None:
     """Both kernels and the reference drop the same elements, so a backend can be swapped in mid-training."""
     x, residual = torch.ones(shape, device=device), torch.zeros(shape, device=device)
     masks = []
@@ -296,7 +306,7 @@ def test_dropout_mask_is_the_reference_mask(kernel_backend: str, device: torch.d
         torch.manual_seed(3)
         _, z = llmkernels.add_layer_norm(x, residual, shape[1:], dropout_p=0.5, backend=backend)
         masks.append(z != 0)
-    assert torch.equal(*masks) and 0 < masks[0].sum()
+    assert torch.equal(*masks) and masks[0].any()
 
 
 def test_dropout_statistics(backend: str, device: torch.device) -> None:

@@ -1,4 +1,5 @@
-"""The norms inside torch: autograd, torch.library, torch.compile, checkpointing, autocast, functorch, errors."""
+"""The norms inside torch: autograd, torch.library, torch.compile, checkpointing, autocast, functorch,
+errors."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ OPS = ("layer_norm", "add_layer_norm", "rms_norm")
 
 
 def _float64(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    return [testing.random_tensor(s, torch.float64, "cpu", i, requires_grad=True) for i, s in enumerate(shapes)]
+    return [
+        testing.random_tensor(s, torch.float64, "cpu", i, requires_grad=True) for i, s in enumerate(shapes)
+    ]
 
 
 @pytest.mark.parametrize("backend", ("reference", "torch"))
@@ -59,7 +62,8 @@ def test_double_backward(kernel_backend: str, device: torch.device, op: str) -> 
     for name, actual, exact, own in zip(
         case.inputs(device), second_order(kernel_backend, torch.float32), expected, baseline, strict=True
     ):
-        # Terms of every size cancel in a second derivative: the largest of the whole tensor sets the rounding.
+        # Terms of every size cancel in a second derivative: the largest of the whole tensor sets the
+        # rounding.
         magnitude = exact.abs().amax() * 24
         testing.assert_within_budget(actual, exact.cpu(), own.cpu(), name=name, magnitude=magnitude.cpu())
 
@@ -71,7 +75,9 @@ def _sample(device: torch.device, residual: bool, dropout: bool) -> dict[str, ob
     return {"tensors": tensors, "seed": seed, "dropout_p": 0.25 if dropout else 0.0}
 
 
-@pytest.mark.parametrize("residual, dropout, rms", ((False, False, False), (False, False, True), (True, True, False)))
+@pytest.mark.parametrize(
+    "residual, dropout, rms", ((False, False, False), (False, False, True), (True, True, False))
+)
 def test_opcheck(backend: str, device: torch.device, residual: bool, dropout: bool, rms: bool) -> None:
     if backend == "torch":
         pytest.skip("torch's own operators are not registered by this package")
@@ -118,7 +124,8 @@ def test_compile_fullgraph(backend: str, device: torch.device, op: str, dynamic:
 
 
 def test_compile_of_the_automatic_rule(device: torch.device) -> None:
-    """The default call, tied weight and bias, an input that is its own residual; explain() sees the traced call."""
+    """The default call, tied weight and bias, an input that is its own residual; explain() sees the traced
+    call."""
     torch._dynamo.reset()
     x = testing.random_tensor((4, 16), torch.float32, device, 0, requires_grad=True)
     weight = testing.random_tensor((16,), torch.float32, device, 1, requires_grad=True)
@@ -177,14 +184,17 @@ def test_autocast_on_the_cpu_changes_nothing(backend: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="autocast of CUDA tensors")
 @pytest.mark.parametrize("op", ("layer_norm", "rms_norm"))
 def test_autocast_on_cuda_gives_float32(backend: str, op: str) -> None:
-    """Both norms are in CUDA autocast's float32 list; the kernels write float32 without casting the input first."""
+    """Both norms are in CUDA autocast's float32 list; the kernels write float32 without casting the input
+    first."""
     case = Case(op, (4, 64), dtype=torch.bfloat16)
     tensors = case.inputs("cuda")
     with torch.autocast("cuda", torch.bfloat16):
         y = case.call(tensors, backend)[0]
         own = case.torch_call(tensors, None)[0]
     assert y.dtype == own.dtype == torch.float32
-    testing.assert_within_budget(y, case.torch_call({k: v.double() for k, v in tensors.items()}, None)[0], own, name=op)
+    testing.assert_within_budget(
+        y, case.torch_call({k: v.double() for k, v in tensors.items()}, None)[0], own, name=op
+    )
     dx = torch.autograd.grad(y.sum(), tensors["input"])[0]
     assert dx.dtype == torch.bfloat16
 
@@ -273,12 +283,28 @@ def test_rms_norm_default_eps(backend: str, device: torch.device) -> None:
 X = torch.zeros(2, 3, 8)
 BAD = {
     "no tensor": (lambda f: f("x", (8,)), TypeError, "input: expected a torch.Tensor, got str"),
-    "integers": (lambda f: f(X.long(), (8,)), RuntimeError, "input: expected a floating-point dtype, got torch.int64"),
+    "integers": (
+        lambda f: f(X.long(), (8,)),
+        RuntimeError,
+        "input: expected a floating-point dtype, got torch.int64",
+    ),
     "an int shape": (lambda f: f(X, 8), TypeError, "normalized_shape: expected a tuple of ints, got int"),
     "a float shape": (lambda f: f(X, (8.0,)), TypeError, "normalized_shape: .* element of type float"),
-    "an empty shape": (lambda f: f(X, ()), RuntimeError, r"normalized_shape: expected at least one dimension, got \[\]"),
-    "another shape": (lambda f: f(X, (3,)), RuntimeError, r"input: expected a shape of \[\*, 3\], got \[2, 3, 8\]"),
-    "too many": (lambda f: f(X, (1, 2, 3, 8)), RuntimeError, r"input: expected a shape of \[\*, 1, 2, 3, 8\]"),
+    "an empty shape": (
+        lambda f: f(X, ()),
+        RuntimeError,
+        r"normalized_shape: expected at least one dimension, got \[\]",
+    ),
+    "another shape": (
+        lambda f: f(X, (3,)),
+        RuntimeError,
+        r"input: expected a shape of \[\*, 3\], got \[2, 3, 8\]",
+    ),
+    "too many": (
+        lambda f: f(X, (1, 2, 3, 8)),
+        RuntimeError,
+        r"input: expected a shape of \[\*, 1, 2, 3, 8\]",
+    ),
     "weight's shape": (
         lambda f: f(X, (8,), torch.ones(4)),
         RuntimeError,
@@ -303,7 +329,11 @@ BAD = {
     "negative eps": (lambda f: f(X, (8,), eps=-1e-5), ValueError, "eps: expected a number >= 0, got -1e-05"),
     "NaN eps": (lambda f: f(X, (8,), eps=math.nan), ValueError, "eps: expected a number >= 0, got nan"),
     "eps's type": (lambda f: f(X, (8,), eps="1"), TypeError, "eps: expected a number, got str"),
-    "unknown backend": (lambda f: f(X, (8,), backend="cudnn"), ValueError, "backend: expected one of .*got 'cudnn'"),
+    "unknown backend": (
+        lambda f: f(X, (8,), backend="cudnn"),
+        ValueError,
+        "backend: expected one of .*got 'cudnn'",
+    ),
 }
 
 
@@ -327,9 +357,19 @@ def test_bad_input(op: str, bad: str) -> None:
         ((X, X[:1]), {}, RuntimeError, r"residual: expected the shape of input \[2, 3, 8\], got \[1, 3, 8\]"),
         ((X, None), {}, TypeError, "residual: expected a torch.Tensor, got NoneType"),
         ((X, X.to("meta")), {}, RuntimeError, "residual: expected device cpu .as input., got meta"),
-        ((X, X), {"dropout_p": 1.5}, ValueError, "dropout_p: expected a probability between 0 and 1, got 1.5"),
+        (
+            (X, X),
+            {"dropout_p": 1.5},
+            ValueError,
+            "dropout_p: expected a probability between 0 and 1, got 1.5",
+        ),
         ((X, X), {"dropout_p": "a"}, TypeError, "dropout_p: expected a number, got str"),
-        ((X, X), {"residual_dtype": torch.int8}, TypeError, "residual_dtype: expected a floating-point torch.dtype"),
+        (
+            (X, X),
+            {"residual_dtype": torch.int8},
+            TypeError,
+            "residual_dtype: expected a floating-point torch.dtype",
+        ),
     ),
 )
 def test_bad_input_of_add_layer_norm(arguments, options, kind, message) -> None:

@@ -1,4 +1,5 @@
-"""layer_norm, add_layer_norm and rms_norm: argument checks, the choice of a backend, autograd and torch.library."""
+"""layer_norm, add_layer_norm and rms_norm: argument checks, the choice of a backend, autograd and
+torch.library."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ KERNELS = (
     ("triton", f"{_PACKAGE}.triton_kernels"),
     ("reference", f"{_PACKAGE}.reference"),
 )
-# Fastest first, by measurement (README.md, "Which backend"); a kernel that has not run on a GPU yet is not listed.
+# Fastest first (README.md, "Which backend"). The CUDA C++ kernels join once they have run on real hardware.
 AUTOMATIC = ("triton",)
 
 _library = torch.library.Library("llmkernels", "FRAGMENT")
@@ -32,9 +33,9 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
-    "layer_norm_backward(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor mean, Tensor rstd, Tensor? seed, "
-    "float eps, float dropout_p, bool rms, bool input_grad, ScalarType input_dtype, ScalarType? residual_dtype, "
-    "bool weight_grad, ScalarType? bias_dtype, str backend) "
+    "layer_norm_backward(Tensor dy, Tensor? dz, Tensor z, Tensor? weight, Tensor mean, Tensor rstd, "
+    "Tensor? seed, float eps, float dropout_p, bool rms, bool input_grad, ScalarType input_dtype, "
+    "ScalarType? residual_dtype, bool weight_grad, ScalarType? bias_dtype, str backend) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
@@ -115,13 +116,15 @@ _backward_op = torch.ops.llmkernels.layer_norm_backward.default
 
 
 def _traced() -> bool:
-    """Whether somebody has to see the operator: torch.compile, or a dispatch mode (FakeTensorMode, make_fx, a FLOP
-    counter). Otherwise the kernels are called without it, which saves its share of the host's time of a call."""
+    """Whether somebody has to see the operator: torch.compile, or a dispatch mode (FakeTensorMode, make_fx, a
+    FLOP counter). Otherwise the kernels are called without it, which saves its share of the host's time of a
+    call."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _rows(tensor: Tensor, n: int) -> Tensor:
-    """[..., normalized_shape] as [M, n] with a unit last stride: a view where the strides allow, else a copy."""
+    """[..., normalized_shape] as [M, n] with a unit last stride: a view where the strides allow, else a
+    copy."""
     if tensor.dim() != 2 or tensor.shape[1] != n:
         tensor = tensor.reshape(-1, n) if tensor.numel() else tensor.reshape(tensor.numel() // max(n, 1), n)
     return tensor if n == 1 or tensor.stride(1) == 1 else tensor.contiguous()
@@ -135,8 +138,8 @@ def _vector(parameter: Tensor | None) -> Tensor | None:
 
 
 def _distinct(tensor: Tensor | None, *others: Tensor | None) -> Tensor | None:
-    """``tensor``, or a view of it where it is also one of ``others`` and torch.compile is tracing, which takes no
-    tensor twice as an input of an autograd.Function."""
+    """``tensor``, or a view of it where it is also one of ``others`` and torch.compile is tracing, which
+    takes no tensor twice as an input of an autograd.Function."""
     if tensor is not None and torch.compiler.is_compiling() and any(tensor is other for other in others):
         return tensor.view_as(tensor)
     return tensor
@@ -181,8 +184,8 @@ def _forward(
 class _LayerNorm(torch.autograd.Function):
     """y = norm(z) * weight + bias, z = input or residual + dropout(input); the arguments of ``_forward``.
 
-    Saves z (the input itself where there is no residual), weight, the row statistics and the dropout seed: neither the
-    normalised rows nor the dropout mask, which backward makes again.
+    Saves z (the input itself where there is no residual), weight, the row statistics and the dropout seed:
+    neither the normalised rows nor the dropout mask, which backward makes again.
     """
 
     @staticmethod
@@ -198,7 +201,9 @@ class _LayerNorm(torch.autograd.Function):
         return y if new_residual is None else (y, new_residual)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, dy: Tensor | None, dz: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         z, weight, mean, rstd, seed = ctx.saved_tensors
         n, eps, dropout_p, rms, backend = ctx.settings
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
@@ -206,10 +211,12 @@ class _LayerNorm(torch.autograd.Function):
             if dz is None:
                 return (None,) * 12
             dy = torch.zeros_like(z)
-        # The dropout mask and differing dtypes are what tells the two gradients apart; without them one tensor is both.
+        # The dropout mask and differing dtypes are what tells the two gradients apart; without them one
+        # tensor is both.
         separate = needs_residual and (seed is not None or ctx.residual_dtype != ctx.input_dtype)
         if torch.is_grad_enabled():
-            # create_graph=True: the reference's backward is made of differentiable operations, the kernels' is not.
+            # create_graph=True: the reference's backward is made of differentiable operations, the kernels'
+            # is not.
             backward = _reference_backward
         else:
             backward = _backward_op if _traced() else _backward_implementation
@@ -245,7 +252,9 @@ def _reference_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def _apply(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     """y and the new residual; through autograd only where a gradient can be asked for."""
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:4]):
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in arguments[:4]
+    ):
         outputs = _LayerNorm.apply(*arguments)
         return outputs if isinstance(outputs, tuple) else (outputs, None)
     return _forward(*arguments)[:2]
@@ -295,12 +304,13 @@ def layer_norm(
 
         y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
 
-    input: [*, *normalized_shape], float16, bfloat16, float32 or float64, any strides. weight, bias: normalized_shape,
-    of the input's dtype or, beside a float16 or bfloat16 input, float32. Statistics are float32, in two passes. Returns
-    a tensor of input's shape and dtype (float32 under CUDA autocast, as torch). backend: see llmkernels.dispatch.
+    input: [*, *normalized_shape], float16, bfloat16, float32 or float64, any strides. weight, bias:
+    normalized_shape, of the input's dtype or, beside a float16 or bfloat16 input, float32. Statistics are
+    float32, in two passes. Returns a tensor of input's shape and dtype (float32 under CUDA autocast, as
+    torch). backend: see llmkernels.dispatch.
 
-    Raises TypeError (not a tensor, not ints), ValueError (eps < 0, unknown backend) or RuntimeError (shapes, dtypes,
-    devices that don't match; a backend that can't serve).
+    Raises TypeError (not a tensor, not ints), ValueError (eps < 0, unknown backend) or RuntimeError (shapes,
+    dtypes, devices that don't match; a backend that can't serve).
     """
     if not isinstance(input, Tensor) and overrides.has_torch_function_unary(input):
         return overrides.handle_torch_function(
@@ -321,8 +331,8 @@ def rms_norm(
 
         y = x / sqrt(mean(x^2) + eps) * weight
 
-    input, weight, backend, errors: as layer_norm. eps: None means the machine epsilon of float32 (of float64 for a
-    float64 input), the one torch takes: it is that of the dtype computed in, not of the input's.
+    input, weight, backend, errors: as layer_norm. eps: None means the machine epsilon of float32 (of float64
+    for a float64 input), the one torch takes: it is that of the dtype computed in, not of the input's.
     """
     if not isinstance(input, Tensor) and overrides.has_torch_function_unary(input):
         return overrides.handle_torch_function(
@@ -372,9 +382,7 @@ def _norm(
     n = _element_count(shape)
     output_dtype = _output_dtype(input)
     bias = _distinct(bias, weight)
-    y, _ = _apply(
-        input, None, weight, bias, None, n, float(eps), 0.0, rms, input.dtype, output_dtype, chosen
-    )
+    y, _ = _apply(input, None, weight, bias, None, n, float(eps), 0.0, rms, input.dtype, output_dtype, chosen)
     return y
 
 
@@ -391,17 +399,24 @@ def add_layer_norm(
     training: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dropout, residual addition and layer normalisation in one pass: (layer_norm(z), z), z = residual + dropout(input).
+    """Dropout, residual addition and layer normalisation in one pass: (layer_norm(z), z), z = residual +
+    dropout(input).
 
-    input, residual: one shape [*, *normalized_shape], each float16, bfloat16, float32 or float64. residual_dtype: the
-    dtype that z is rounded to, None for the one of ``residual + input``; torch.float32 keeps the residual stream of
-    a half-precision model exact. The normalised output is of z as returned, in the input's dtype. dropout_p: the
-    probability of a zero, applied while training; the mask comes from torch's generator (torch.manual_seed reproduces
-    it, activation checkpointing replays it) and is made again in backward instead of being stored. weight, bias, eps,
-    backend, errors: as layer_norm; ValueError for a dropout_p outside [0, 1].
+    input, residual: one shape [*, *normalized_shape], each float16, bfloat16, float32 or float64.
+    residual_dtype: the dtype that z is rounded to, None for the one of ``residual + input``; torch.float32
+    keeps the residual stream of a half-precision model exact. The normalised output is of z as returned, in
+    the input's dtype. dropout_p: the probability of a zero, applied while training; the mask comes from
+    torch's generator (torch.manual_seed reproduces it, activation checkpointing replays it) and is made again
+    in backward instead of being stored. weight, bias, eps, backend, errors: as layer_norm; ValueError for a
+    dropout_p outside [0, 1].
     """
     if not isinstance(input, Tensor) and overrides.has_torch_function((input, residual)):
-        options = {"dropout_p": dropout_p, "residual_dtype": residual_dtype, "training": training, "backend": backend}
+        options = {
+            "dropout_p": dropout_p,
+            "residual_dtype": residual_dtype,
+            "training": training,
+            "backend": backend,
+        }
         return overrides.handle_torch_function(
             add_layer_norm, (input, residual), input, residual, normalized_shape, weight, bias, eps, **options
         )
@@ -411,7 +426,9 @@ def add_layer_norm(
     checks.check_tensor(op, "residual", residual)
     checks.check_floating(op, "residual", residual)
     if residual.shape != input.shape:
-        checks.fail(RuntimeError, op, "residual", f"the shape of input {list(input.shape)}", list(residual.shape))
+        checks.fail(
+            RuntimeError, op, "residual", f"the shape of input {list(input.shape)}", list(residual.shape)
+        )
     checks.check_device(op, "residual", residual, input)
     shape = checks.check_normalized_shape(op, normalized_shape, input)
     if weight is not None:
@@ -490,5 +507,5 @@ def _layer_norm_torch(
     if input.is_cpu and weight is not None and input.dtype in (torch.float16, torch.bfloat16):
         return F.layer_norm(input, shape, weight, bias, eps)
     wide = torch.promote_types(input.dtype, parameter.dtype)
-    parameters = [None if p is None else p.to(wide) for p in (weight, bias)]
-    return F.layer_norm(input.to(wide), shape, *parameters, eps).to(input.dtype)
+    weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+    return F.layer_norm(input.to(wide), shape, weight, bias, eps).to(input.dtype)

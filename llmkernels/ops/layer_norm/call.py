@@ -10,7 +10,8 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class NormCall(NamedTuple):
-    """One call of layer_norm, add_layer_norm or rms_norm without its tensors and sizes; None where not given."""
+    """One call of layer_norm, add_layer_norm or rms_norm without its tensors and sizes; None where not
+    given."""
 
     op: str
     device: torch.device
@@ -24,7 +25,11 @@ class NormCall(NamedTuple):
     def unsupported_by_kernels(self) -> list[str]:
         """Reasons that hold for every kernel of ours, Triton's and CUDA C++'s alike."""
         reasons = [] if self.obstacle is None else [self.obstacle]
-        named = (("input", self.dtype), ("residual", self.residual_dtype), ("residual_dtype", self.new_residual_dtype))
+        named = (
+            ("input", self.dtype),
+            ("residual", self.residual_dtype),
+            ("residual_dtype", self.new_residual_dtype),
+        )
         reasons += [
             f"{name} is {dtype}; the kernels take float16, bfloat16 and float32"
             for name, dtype in named

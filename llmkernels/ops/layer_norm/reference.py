@@ -1,9 +1,9 @@
 """LayerNorm, residual + dropout + LayerNorm and RMSNorm in pure PyTorch: forward and explicit backward.
 
-The yardstick of every kernel, and the path of double backward: each function is differentiable by autograd, and
-``backward`` recomputes its statistics from ``z`` so that it depends on it. Statistics and sums are in float32, or in
-float64 for float64 inputs. Formulas: Ba et al., Layer Normalization (arXiv 1607.06450); Zhang and Sennrich, RMSNorm
-(arXiv 1910.07467); torch.nn.functional.layer_norm and rms_norm.
+The yardstick of every kernel, and the path of double backward: each function is differentiable by autograd,
+and ``backward`` recomputes its statistics from ``z`` so that it depends on it. Statistics and sums are in
+float32, or in float64 for float64 inputs. Formulas: Ba et al., Layer Normalization (arXiv 1607.06450); Zhang
+and Sennrich, RMSNorm (arXiv 1910.07467); torch.nn.functional.layer_norm and rms_norm.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .call import NormCall
+from .dropout import dropout_scale, dropout_threshold
 
 _PHILOX_ROUNDS = 7
 _LOW = 0xFFFFFFFF
@@ -23,7 +24,8 @@ def unsupported(call: NormCall) -> list[str]:
 
 
 def _multiply_high_low(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b for 32-bit values that lie in int64, without an overflow of the sign bit."""
+    """High and low 32 bits of a * b for 32-bit values that lie in int64, without an overflow of the sign
+    bit."""
     low = a * (b & 0xFFFF)
     high = a * (b >> 16)
     middle = (low >> 16) + high
@@ -31,7 +33,8 @@ def _multiply_high_low(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 def philox_uint32(seed: Tensor, quads: Tensor) -> Tensor:
-    """Philox-4x32-7 (Salmon et al., SC 2011): [..., 4] random 32-bit integers, in int64, of counters ``quads``.
+    """Philox-4x32-7 (Salmon et al., SC 2011): [..., 4] random 32-bit integers, in int64, of counters
+    ``quads``.
 
     seed: int64 [1], the 64-bit key. quads: int64 of any shape, the low 64 bits of the counter.
     """
@@ -47,22 +50,13 @@ def philox_uint32(seed: Tensor, quads: Tensor) -> Tensor:
 
 
 def dropout_mask(seed: Tensor, m: int, n: int, dropout_p: float) -> Tensor:
-    """bool [m, n], True = kept. Element (i, j) takes word j % 4 of counter i * ceil(n / 4) + j // 4, so that no
-    counter serves two rows; it is kept where the word's upper 31 bits are at least round(dropout_p * 2^31)."""
+    """bool [m, n], True = kept. Element (i, j) takes word j % 4 of counter i * ceil(n / 4) + j // 4, so that
+    no counter serves two rows; it is kept where the word's upper 31 bits are at least round(dropout_p *
+    2^31)."""
     quads_per_row = (n + 3) // 4
     quads = torch.arange(m * quads_per_row, dtype=torch.int64, device=seed.device).view(m, quads_per_row)
     words = philox_uint32(seed, quads).reshape(m, quads_per_row * 4)[:, :n]
     return (words >> 1) >= dropout_threshold(dropout_p)
-
-
-def dropout_threshold(dropout_p: float) -> int:
-    """The 31-bit integer below which a random word drops its element."""
-    return min(round(dropout_p * 2**31), 2**31 - 1)
-
-
-def dropout_scale(dropout_p: float) -> float:
-    """What a kept element is multiplied by."""
-    return 0.0 if dropout_p == 1 else 1.0 / (1.0 - dropout_p)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -70,11 +64,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _normalize(z: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """xhat [M, N], mean [M, 1] (None for RMSNorm) and rstd [M, 1] of the rows of z, which is float32 or float64."""
+    """xhat [M, N], mean [M, 1] (None for RMSNorm) and rstd [M, 1] of the rows of z, which is float32 or
+    float64."""
     mean, centred = None, z
     if not rms:
         mean = z.mean(dim=1, keepdim=True)
-        # The rounding of a large mean would stay in every element; the mean of what is left takes it out again.
+        # The rounding of a large mean would stay in every element; the mean of what is left takes it out
+        # again.
         correction = (z - mean).mean(dim=1, keepdim=True)
         mean, centred = mean + correction, (z - mean) - correction
     rstd = torch.rsqrt((centred * centred).mean(dim=1, keepdim=True) + eps)
@@ -93,11 +89,12 @@ def forward(
     residual_dtype: torch.dtype,
     output_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z = residual + dropout(x), rounded to residual_dtype (z = x without a residual); y = norm(z) * weight + bias.
+    """z = residual + dropout(x), rounded to residual_dtype (z = x without a residual); y = norm(z) * weight
+    + bias.
 
-    x, residual: [M, N]. weight, bias: [N]. seed: int64 [1], None without dropout. Returns y [M, N] of output_dtype,
-    z [M, N] of residual_dtype (empty without a residual), mean [M] (empty for RMSNorm) and rstd [M], both float32
-    (float64 where z is).
+    x, residual: [M, N]. weight, bias: [N]. seed: int64 [1], None without dropout. Returns y [M, N] of
+    output_dtype, z [M, N] of residual_dtype (empty without a residual), mean [M] (empty for RMSNorm) and
+    rstd [M], both float32 (float64 where z is).
     """
     m, n = x.shape
     if residual is None:
@@ -142,11 +139,12 @@ def backward(
         dx       = dropout(dz_total) with the mask of forward             (dresidual: dz_total itself)
         dweight  = sum over rows of dy * xhat,    dbias = sum over rows of dy
 
-    dy, z: [M, N]; z is x where there was no residual. dz: the gradient of the new residual, or None. input_grad,
-    weight_grad: whether dx (and dresidual), dweight are wanted; bias_dtype: the dtype of dbias, None if not wanted;
-    residual_dtype: the dtype of dresidual, None where dx serves as both (no dropout and one dtype). Returns dx,
-    dresidual [M, N], dweight, dbias [N], each an empty tensor if not wanted. mean and rstd are what a kernel saved;
-    the reference computes its own from z and eps, so that its result can be differentiated again.
+    dy, z: [M, N]; z is x where there was no residual. dz: the gradient of the new residual, or None.
+    input_grad, weight_grad: whether dx (and dresidual), dweight are wanted; bias_dtype: the dtype of dbias,
+    None if not wanted; residual_dtype: the dtype of dresidual, None where dx serves as both (no dropout and
+    one dtype). Returns dx, dresidual [M, N], dweight, dbias [N], each an empty tensor if not wanted. mean
+    and rstd are what a kernel saved; the reference computes its own from z and eps, so that its result can
+    be differentiated again.
     """
     wide = _wide(z.dtype)
     xhat, _, row_rstd = _normalize(z.to(wide), eps, rms)
@@ -160,7 +158,7 @@ def backward(
         total = total if dz is None else total + dz
         kept = total
         if seed is not None:
-            mask = dropout_mask(seed, *z.shape, dropout_p)
+            mask = dropout_mask(seed, z.shape[0], z.shape[1], dropout_p)
             kept = torch.where(mask, total * dropout_scale(dropout_p), 0.0)
         dx = kept.to(input_dtype)
         if residual_dtype is not None:
