@@ -1,0 +1,44 @@
+"""The emulator's own kernels (kernels/), built fast and built to watch memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from .build import EMULATOR, build, load
+
+# What emulator.options() is given: threads in order, and in several random orders.
+IN_ORDER: dict[str, Any] = {}
+SCHEDULES: list[dict[str, Any]] = [IN_ORDER, *({"seed": seed, "random_schedule": True} for seed in range(4))]
+
+
+def built(make: Callable[[], Path]) -> ModuleType:
+    """The module that `make` builds; skips the test where g++ or pybind11 is missing."""
+    try:
+        return load(make())
+    except RuntimeError as error:
+        if "the emulator needs" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.fixture(scope="session")
+def fast_probes() -> ModuleType:
+    return built(lambda: build(sources=EMULATOR / "kernels"))
+
+
+@pytest.fixture(scope="session")
+def race_probes() -> ModuleType:
+    return built(lambda: build(race=True, sources=EMULATOR / "kernels"))
+
+
+@pytest.fixture(params=("fast", "race"))
+def probes(request: pytest.FixtureRequest) -> ModuleType:
+    module: ModuleType = request.getfixturevalue(f"{request.param}_probes")
+    module.emulator.options()
+    module.emulator.clear()
+    return module
