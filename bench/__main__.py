@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 
 from . import layer_norm
 from .measure import Record, environment

@@ -111,6 +111,16 @@ def _with_rows(tensors: dict[str, torch.Tensor], row: torch.Tensor) -> dict[str,
     return tensors
 
 
+@pytest.mark.parametrize("columns", (229, 1000, 4096, 40000))
+def test_large_mean_keeps_its_digits(kernel_backend: str, device: torch.device, columns: int) -> None:
+    """A row near 1e6 loses its deviations to the rounding of its mean in torch, whose error the budget would
+    allow; the corrected mean keeps them, so here no error of torch's counts."""
+    x = (1e6 + 0.25 * torch.randn(2, columns, generator=torch.Generator().manual_seed(0))).to(device)
+    y = llmkernels.layer_norm(x, (columns,), backend=kernel_backend)
+    exact = torch.nn.functional.layer_norm(x.cpu().double(), (columns,))
+    testing.assert_within_budget(y, exact, exact.float(), name="output")
+
+
 @pytest.mark.parametrize("value", (1e30, -1e30))
 @pytest.mark.parametrize("op", ("layer_norm", "rms_norm"))
 def test_variance_overflow(kernel_backend: str, device: torch.device, op: str, value: float) -> None:
@@ -200,18 +210,19 @@ def test_empty_batch(backend: str, device: torch.device, op: str) -> None:
         assert gradient.shape == tensor.shape and (gradient == 0).all()
 
 
-def test_offsets_past_2_to_the_31(backend: str, device: torch.device) -> None:
-    """Rows that start more than 2^31 elements apart; the memory between them is never touched."""
-    stride = 2**31 + 8
-    memory = torch.empty(stride + 64, dtype=torch.bfloat16, device=device)
-    x = memory.as_strided((2, 64), (stride, 1))
-    x.copy_(testing.random_tensor((2, 64), torch.bfloat16, device, 0))
+@pytest.mark.parametrize("stride, rows", ((2**30 + 8, 3), (2**31 + 8, 2)))
+def test_offsets_past_2_to_the_31(backend: str, device: torch.device, stride: int, rows: int) -> None:
+    """The last row starts more than 2^31 elements in, by a stride that is an int32 and by one that is not;
+    the memory between the rows is never touched."""
+    memory = torch.empty((rows - 1) * stride + 64, dtype=torch.bfloat16, device=device)
+    x = memory.as_strided((rows, 64), (stride, 1))
+    x.copy_(testing.random_tensor((rows, 64), torch.bfloat16, device, 0))
     weight = torch.ones(64, device=device, requires_grad=True)
     found, dense = x.detach().requires_grad_(), x.contiguous().requires_grad_()
     y = llmkernels.layer_norm(found, (64,), weight, backend=backend)
     expected = llmkernels.layer_norm(dense, (64,), weight, backend=backend)
     assert torch.equal(y, expected)
-    dy = testing.random_tensor((2, 64), torch.bfloat16, device, 1)
+    dy = testing.random_tensor((rows, 64), torch.bfloat16, device, 1)
     (dx,) = torch.autograd.grad(y, found, dy)
     assert torch.equal(dx, torch.autograd.grad(expected, dense, dy)[0])
 

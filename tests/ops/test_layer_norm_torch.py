@@ -4,6 +4,7 @@ errors."""
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +180,38 @@ def test_autocast_on_the_cpu_changes_nothing(backend: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             y = case.call(tensors, backend)[0]
         assert y.dtype == dtype and torch.equal(y, expected)
+
+
+def test_cuda_autocast_asks_for_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule itself, where there is no GPU to show it on."""
+    for enabled, dtype, expected in (
+        (True, torch.bfloat16, torch.float32),
+        (False, torch.bfloat16, torch.bfloat16),
+        (True, torch.float64, torch.float64),
+    ):
+        monkeypatch.setattr(
+            torch, "is_autocast_enabled", lambda kind, enabled=enabled: enabled and kind == "cuda"
+        )
+        assert api._output_dtype(SimpleNamespace(is_cuda=True, dtype=dtype)) is expected
+        assert api._output_dtype(SimpleNamespace(is_cuda=False, dtype=dtype)) is dtype
+
+
+@pytest.mark.parametrize("op", ("layer_norm", "rms_norm"))
+def test_float32_output_of_half_rows(
+    backend: str, device: torch.device, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What autocast asks for: half-precision rows in, float32 out, without a cast of the input."""
+    if backend == "torch":
+        pytest.skip("torch casts the input")
+    case = Case(op, (4, 100), dtype=torch.bfloat16)
+    tensors = case.inputs(device)
+    monkeypatch.setattr(api, "_output_dtype", lambda input: torch.float32)
+    y = case.call(tensors, backend)[0]
+    wide = {name: tensor.detach().cpu().float() for name, tensor in tensors.items()}
+    exact = case.torch_call({name: tensor.double() for name, tensor in wide.items()}, None)[0]
+    testing.assert_within_budget(y, exact, case.torch_call(wide, None)[0], name=op)
+    dy = testing.random_tensor((4, 100), torch.float32, device, 3)
+    assert torch.autograd.grad(y, tensors["input"], dy)[0].dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="autocast of CUDA tensors")
