@@ -1,0 +1,8 @@
+#include "forward.cuh"
+
+namespace llmkernels {
+
+template cudaError_t layer_norm_forward_of<AnyElement>(const LayerNormForward&, const Device&,
+                                                       cudaStream_t);
+
+}  // namespace llmkernels
