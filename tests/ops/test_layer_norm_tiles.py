@@ -181,7 +181,7 @@ def _backward_jobs(architecture: int) -> list[Job]:
     jobs = [finalize_job(tile, architecture, width) for tile in tiles.FINALIZE for width in (1, 4)]
     for tile in tiles.BACKWARD[architecture]:
         n = 2**20 if tile.strips else tile.block_n
-        calls = _calls(tile, lambda width, residual: tiles.backward(n, architecture, width) is tile)  # noqa: B023
+        calls = _calls(tile, lambda width, residual: tiles.backward(n, architecture, width, residual) is tile)  # noqa: B023
         assert calls, f"no call gets {tile}"
         jobs += [backward_job(tile, architecture, **call) for call in calls]
         if tile.strips:
@@ -262,7 +262,7 @@ def test_memory_is_reached_in_vectors(architecture: int) -> None:
 @pytest.mark.parametrize("architecture", _ARCHITECTURES)
 def test_backward_loads_the_next_tile_ahead(architecture: int) -> None:
     """dy and z come in 16-byte asynchronous copies, once before the loop and once in it."""
-    row = tiles.backward(4096, architecture, 8)
+    row = tiles.backward(4096, architecture, 8, residual=False)
     (report,) = compile_all([backward_job(row, architecture, 8, parameters=None)])
     values = row.rows * row.block_n // (32 * row.num_warps)
     assert report.instructions["copy_async_128"] == 2 * 2 * values // 8
@@ -296,8 +296,9 @@ def test_the_row_chosen_holds_the_call(architecture: int, width: int) -> None:
             tile = tiles.forward(n, architecture, width, residual)
             assert width >= tile.min_width and (tile.residual or not residual)
             assert n >= tile.block_n if tile.looped else n <= tile.block_n
-        backward = tiles.backward(n, architecture, width)
-        assert width >= backward.min_width and (backward.strips or n <= backward.block_n)
+            backward = tiles.backward(n, architecture, width, residual)
+            assert width >= backward.min_width and (backward.residual or not residual)
+            assert backward.strips or n <= backward.block_n
 
 
 def test_an_unlisted_architecture_takes_the_newest_before_it() -> None:
@@ -313,10 +314,10 @@ def test_partials_are_few() -> None:
     """The partials are no more than the processors keep busy, nor than rows enough pay for, and at least
     one."""
     for n in (64, 1024, 8192, 16384, 262144, 2**22):
-        row = tiles.backward(n, 90, 8)
+        row = tiles.backward(n, 90, 8, residual=False)
         strips = math.ceil(n / row.block_n)
         for m in (1, 7, 4096, 10**6):
             programs = row.row_programs(m, n, 132)
             assert 1 <= programs <= max(1, m // row.rows)
             assert programs * strips <= max(row.per_processor * 132, strips)
-    assert tiles.backward(1024, 90, 8).row_programs(10**6, 1024, 132) == 264
+    assert tiles.backward(1024, 90, 8, residual=False).row_programs(10**6, 1024, 132) == 264
