@@ -1,0 +1,6 @@
+"""replace(model): the layers of an existing model on the kernels of this package, verified and reversible."""
+
+from .api import replace
+from .report import Report, Row
+
+__all__ = ["Report", "Row", "replace"]

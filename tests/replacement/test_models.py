@@ -1,0 +1,115 @@
+"""replace() on models as people have them: torch.nn's encoder and a BERT of transformers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import llmkernels
+from llmkernels.replacement import Report
+from llmkernels.testing import assert_within_budget
+
+
+def encoder() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16), enable_nested_tensor=False)
+    return model, {"src": torch.randn(2, 5, 16)}
+
+
+def bert() -> tuple[nn.Module, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    return transformers.BertModel(config), {"input_ids": torch.randint(50, (2, 5)), "attention_mask": mask}
+
+
+def outputs_and_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    output = model(**batch)
+    output = output if isinstance(output, Tensor) else output.last_hidden_state
+    output.square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), **gradients}
+
+
+def in_float64(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.double() if t.is_floating_point() else t for name, t in batch.items()}
+
+
+def replace(model: nn.Module, **options: Any) -> Report:
+    return llmkernels.replace(model, interpret=False, **options)
+
+
+@pytest.mark.parametrize("make", [encoder, bert])
+def test_outputs_and_gradients_before_and_after(make: Any, backend: str) -> None:
+    model, batch = make()
+    model.train()
+    exact = outputs_and_gradients(copy.deepcopy(model).double(), in_float64(batch))
+    before = outputs_and_gradients(model, batch)
+    report = replace(model, backend=backend, sample_inputs=batch)
+    assert len(report.replaced) == 5
+    assert not report.rolled_back
+    with llmkernels.explain() as calls:
+        after = outputs_and_gradients(model, batch)
+    assert [call.backend for call in calls] == [backend] * 5
+    assert after.keys() == before.keys()
+    largest = max(float(value.abs().max()) for value in exact.values())
+    for name, value in after.items():
+        # A gradient comes through the whole model: the rounding it inherits is of the largest one's size.
+        size = torch.full_like(exact[name], largest)
+        assert_within_budget(value, exact[name], before[name], name=name, magnitude=size)
+
+    report.undo()
+    again = outputs_and_gradients(model, batch)
+    assert all(torch.equal(again[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("make", [encoder, bert])
+def test_an_optimizer_goes_on_with_the_replaced_model(make: Any) -> None:
+    losses = {}
+    for ours in (False, True):
+        model, batch = make()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if ours:
+            replace(model)
+        losses[ours] = []
+        for _ in range(3):
+            outputs_and_gradients(model, batch)
+            optimizer.step()
+            losses[ours].append(float(outputs_and_gradients(model, batch)["output"].square().sum()))
+    assert losses[True] == losses[False]
+    assert len(set(losses[True])) == 3
+
+
+def test_a_half_precision_model(backend: str) -> None:
+    model, batch = encoder()
+    batch = {"src": batch["src"].bfloat16()}
+    report = replace(model.bfloat16(), backend=backend, sample_inputs=batch)
+    assert len(report.replaced) == 5, report
+    assert outputs_and_gradients(model, batch)["output"].dtype == torch.bfloat16
+
+
+def test_distributed_data_parallel_is_seen_through() -> None:
+    model, batch = encoder()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        report = replace(wrapped)
+        assert report.replaced[0].name == "module.layers.0.norm1"
+        assert outputs_and_gradients(wrapped, batch)["output"].shape == (2, 5, 16)
+    finally:
+        torch.distributed.destroy_process_group()
