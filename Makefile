@@ -11,6 +11,8 @@ INSTALL ?= 1
 PYTEST ?=
 BENCH ?=
 REPORTS := build/reports
+# Threads of torch that wait sleep instead of spinning: pytest runs two processes on what may be two cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 ifeq ($(INSTALL),0)
   ENVIRONMENT :=

@@ -55,9 +55,11 @@ def check_normalized_shape(op: str, normalized_shape: Sequence[int], input: Tens
     return shape
 
 
-def check_parameter(op: str, argument: str, value: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
-    """A norm's weight or bias: of normalized_shape, on the input's device, in the input's dtype or, beside
-    an fp16 or bf16 input, in float32."""
+def check_parameter(
+    op: str, argument: str, value: Tensor, shape: tuple[int, ...], input: Tensor, any_dtype: bool
+) -> None:
+    """A norm's weight or bias: of normalized_shape, on the input's device and, unless any floating dtype will
+    do, in the input's dtype or, beside an fp16 or bf16 input, in float32."""
     check_tensor(op, argument, value)
     if value.shape != shape:
         fail(RuntimeError, op, argument, f"the shape of normalized_shape {list(shape)}", list(value.shape))
@@ -65,7 +67,9 @@ def check_parameter(op: str, argument: str, value: Tensor, shape: tuple[int, ...
     if value.dtype == input.dtype:
         return
     half_input = input.dtype in (torch.float16, torch.bfloat16)
-    if not (half_input and value.dtype == torch.float32):
+    if any_dtype:
+        check_floating(op, argument, value)
+    elif not (half_input and value.dtype == torch.float32):
         expected = f"{input.dtype} (as input)" + (" or torch.float32" if half_input else "")
         fail(RuntimeError, op, argument, expected, value.dtype)
 

@@ -19,7 +19,7 @@ if not GPU:
 
 def _offer_cuda_kernels() -> str | None:
     """Makes backend="cuda" usable here; returns the reason where that fails."""
-    from llmkernels import extension
+    from llmkernels import dispatch, extension
 
     if not GPU and "LLMKERNELS_EXTENSION" not in os.environ:
         from tests.emulator.build import build
@@ -28,6 +28,9 @@ def _offer_cuda_kernels() -> str | None:
             os.environ["LLMKERNELS_EXTENSION"] = str(build())
         except RuntimeError as error:
             return str(error)
+        # A test may have asked for the module before it was there.
+        extension.forget()
+        dispatch.forget()
     return extension.missing_reason()
 
 

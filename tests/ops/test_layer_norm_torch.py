@@ -374,6 +374,8 @@ BAD = {
 @pytest.mark.parametrize("op", OPS)
 def test_bad_input(op: str, bad: str) -> None:
     call, kind, message = BAD[bad]
+    if op == "rms_norm" and "dtype" in bad:
+        pytest.skip("torch's rms_norm takes weights of any floating dtype")
 
     def function(input: object, normalized_shape: object, *arguments: object, **options: object) -> object:
         if op == "add_layer_norm":
@@ -413,6 +415,18 @@ def test_bad_input_of_add_layer_norm(arguments, options, kind, message) -> None:
 def test_bias_of_another_dtype() -> None:
     with pytest.raises(RuntimeError, match="bias: expected torch.float32 .as weight., got torch.bfloat16"):
         llmkernels.layer_norm(X.bfloat16(), (8,), torch.ones(8), torch.ones(8).bfloat16())
+
+
+def test_rms_norm_refuses_integer_weights() -> None:
+    with pytest.raises(RuntimeError, match="weight: expected a floating-point dtype, got torch.int64"):
+        llmkernels.rms_norm(X, (8,), torch.ones(8, dtype=torch.int64))
+
+
+def test_float64_weight_goes_to_torch(kernel_backend: str) -> None:
+    weight = torch.ones(8, dtype=torch.float64)
+    assert llmkernels.rms_norm(X, (8,), weight).dtype == torch.float32
+    with pytest.raises(RuntimeError, match="weight is torch.float64"):
+        llmkernels.rms_norm(X, (8,), weight, backend=kernel_backend)
 
 
 def test_backend_that_cannot_serve(kernel_backend: str) -> None:

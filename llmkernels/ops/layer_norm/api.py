@@ -277,11 +277,27 @@ def _obstacle(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def _is_autocast(input: Tensor) -> bool:
+    """Whether CUDA autocast is on for this input: it holds both norms in its float32 list."""
+    return input.is_cuda and torch.is_autocast_enabled("cuda")
+
+
 def _output_dtype(input: Tensor) -> torch.dtype:
-    """The input's, or float32 under CUDA autocast, which holds both norms in its float32 list."""
-    if input.is_cuda and input.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
-        return torch.float32
-    return input.dtype
+    """The input's, or float32 under CUDA autocast, which leaves float64 alone."""
+    return torch.float32 if _is_autocast(input) and input.dtype != torch.float64 else input.dtype
+
+
+def _check_parameters(
+    op: str, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], input: Tensor
+) -> None:
+    # torch's rms_norm takes weights of any dtype, and autocast casts all of a call to float32.
+    any_dtype = op == "rms_norm" or _is_autocast(input)
+    if weight is not None:
+        checks.check_parameter(op, "weight", weight, shape, input, any_dtype)
+    if bias is not None:
+        checks.check_parameter(op, "bias", bias, shape, input, any_dtype)
+        if not any_dtype:
+            checks.check_same_dtype(op, weight, bias)
 
 
 def _element_count(shape: tuple[int, ...]) -> int:
@@ -331,8 +347,9 @@ def rms_norm(
 
         y = x / sqrt(mean(x^2) + eps) * weight
 
-    input, weight, backend, errors: as layer_norm. eps: None means the machine epsilon of float32 (of float64
-    for a float64 input), the one torch takes: it is that of the dtype computed in, not of the input's.
+    input, backend, errors: as layer_norm. weight: normalized_shape, of any floating dtype. eps: None means
+    the machine epsilon of float32 (of float64 for a float64 input), the one torch takes: it is that of the
+    dtype computed in, not of the input's.
     """
     if not isinstance(input, Tensor) and overrides.has_torch_function_unary(input):
         return overrides.handle_torch_function(
@@ -357,11 +374,7 @@ def _norm(
     checks.check_tensor(op, "input", input)
     checks.check_floating(op, "input", input)
     shape = checks.check_normalized_shape(op, normalized_shape, input)
-    if weight is not None:
-        checks.check_parameter(op, "weight", weight, shape, input)
-    if bias is not None:
-        checks.check_parameter(op, "bias", bias, shape, input)
-        checks.check_same_dtype(op, weight, bias)
+    _check_parameters(op, weight, bias, shape, input)
     checks.check_eps(op, eps)
     if dispatch.leaves_to_torch(input, backend):
         chosen = "torch"
@@ -431,11 +444,7 @@ def add_layer_norm(
         )
     checks.check_device(op, "residual", residual, input)
     shape = checks.check_normalized_shape(op, normalized_shape, input)
-    if weight is not None:
-        checks.check_parameter(op, "weight", weight, shape, input)
-    if bias is not None:
-        checks.check_parameter(op, "bias", bias, shape, input)
-        checks.check_same_dtype(op, weight, bias)
+    _check_parameters(op, weight, bias, shape, input)
     checks.check_eps(op, eps)
     checks.check_dropout(op, dropout_p)
     if residual_dtype is None:
@@ -508,4 +517,4 @@ def _layer_norm_torch(
         return F.layer_norm(input, shape, weight, bias, eps)
     wide = torch.promote_types(input.dtype, parameter.dtype)
     weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
-    return F.layer_norm(input.to(wide), shape, weight, bias, eps).to(input.dtype)
+    return F.layer_norm(input.to(wide), shape, weight, bias, eps).to(_output_dtype(input))

@@ -27,6 +27,8 @@ class NormCall(NamedTuple):
         reasons = [] if self.obstacle is None else [self.obstacle]
         named = (
             ("input", self.dtype),
+            ("weight", self.weight_dtype),
+            ("bias", self.bias_dtype),
             ("residual", self.residual_dtype),
             ("residual_dtype", self.new_residual_dtype),
         )
