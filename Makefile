@@ -27,7 +27,7 @@ else
   RUN := $(VENV)/bin/python
   CLANG_FORMAT := $(VENV)/bin/clang-format
   LINT := lint
-  PYTEST_PLUGINS := -n 2 --timeout=900
+  PYTEST_PLUGINS := -n 2 --timeout=300
 endif
 
 .PHONY: help demo test lint format emulator build bench doctor clean

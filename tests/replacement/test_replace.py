@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -231,13 +231,6 @@ def test_a_compiled_model_notices_the_swap() -> None:
 
 
 # ------------ what is left alone ------------
-
-
-@pytest.fixture
-def one_process_group() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def _instance_forward(layer: nn.LayerNorm) -> nn.Module:
