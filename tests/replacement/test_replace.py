@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import llmkernels
 from llmkernels.ops.layer_norm import reference
@@ -198,10 +200,10 @@ def test_undo_leaves_a_module_that_changed_its_class_since() -> None:
 
 @pytest.mark.usefixtures("one_process_group")
 def test_composes_with_fully_shard_when_it_comes_first() -> None:
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh("cpu", (1,))
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     report = replace(model, backend="reference")
-    torch.distributed.fsdp.fully_shard(model[1], mesh=mesh)
+    fully_shard(model[1], mesh=mesh)
     assert isinstance(model[1], llmkernels.nn.LayerNorm)
     with llmkernels.explain() as calls:
         model(torch.randn(2, 8)).sum().backward()
@@ -280,7 +282,7 @@ def _tensor_subclass(layer: nn.LayerNorm) -> nn.Module:
 
 
 def _dtensor(layer: nn.LayerNorm) -> nn.Module:
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh("cpu", (1,))
     return torch.distributed.tensor.distribute_module(layer, mesh)
 
 
