@@ -3,11 +3,15 @@ raises."""
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+# numpy's scalars are registered as the former; torch's functions take them too.
+_REAL: Any = (numbers.Real, torch.SymFloat)
 
 
 def fail(kind: type[Exception], op: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -80,17 +84,21 @@ def check_same_dtype(op: str, weight: Tensor | None, bias: Tensor) -> None:
         fail(RuntimeError, op, "bias", f"{weight.dtype} (as weight)", bias.dtype)
 
 
-def check_eps(op: str, eps: object) -> None:
+def check_eps(op: str, eps: Any) -> None:
     """TypeError unless a real number, ValueError unless it is >= 0 (so NaN is refused too)."""
-    if type(eps) is not float and type(eps) is not int and not isinstance(eps, torch.SymFloat):
+    if (
+        type(eps) is not float
+        and type(eps) is not int
+        and (isinstance(eps, bool) or not isinstance(eps, _REAL))
+    ):
         fail(TypeError, op, "eps", "a number", type(eps).__name__)
     if not eps >= 0:
         fail(ValueError, op, "eps", "a number >= 0", eps)
 
 
-def check_dropout(op: str, dropout_p: object) -> None:
+def check_dropout(op: str, dropout_p: Any) -> None:
     """TypeError unless a real number, ValueError unless in [0, 1], as torch.nn.functional.dropout."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float, torch.SymFloat)):
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, _REAL):
         fail(TypeError, op, "dropout_p", "a number", type(dropout_p).__name__)
     if not 0 <= dropout_p <= 1:
         fail(ValueError, op, "dropout_p", "a probability between 0 and 1", dropout_p)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -251,6 +252,137 @@ def test_functorch_falls_back_with_a_reason(device: torch.device, op: str) -> No
     assert gradient["input"].shape == (5, 3, 16)
     with pytest.raises(RuntimeError, match="functorch"):
         torch.vmap(lambda rows: case.call({**rows, **parameters}, "reference")[0])(rows)
+
+
+@pytest.mark.parametrize("preferred", ("reference", "triton"))
+def test_functorch_inside_compile(device: torch.device, preferred: str) -> None:
+    """Transforms that torch.compile traces: the kernels, which have no rule for them, would be constants."""
+    torch._dynamo.reset()
+    x = testing.random_tensor((2, 3, 8), torch.float32, device, 0)
+    weight = testing.random_tensor((8,), torch.float32, device, 1, requires_grad=True)
+
+    def functions(backend: str | None) -> list[torch.Tensor]:
+        def norm(x: torch.Tensor) -> torch.Tensor:
+            return llmkernels.layer_norm(x, (8,), weight, backend=backend)
+
+        return [
+            torch.func.grad(lambda x: norm(x).sin().sum())(x),
+            torch.func.vmap(norm)(x),
+        ]
+
+    with llmkernels.use_backend(preferred):
+        found = torch.compile(functions, fullgraph=True, backend="aot_eager")(None)
+    for actual, expected in zip(found, functions("torch"), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_jit_trace_goes_to_torch() -> None:
+    """The tracer sees no kernel: it would record the outputs as constants."""
+    first, second = (testing.random_tensor((4, 8), torch.float32, "cpu", seed) for seed in range(2))
+    with llmkernels.use_backend("reference"), torch.no_grad():
+        traced = torch.jit.trace(lambda x: llmkernels.layer_norm(x, (8,)), first)
+        torch.testing.assert_close(traced(second), F.layer_norm(second, (8,)))
+        with pytest.raises(RuntimeError, match="torch.jit.trace"):
+            torch.jit.trace(lambda x: llmkernels.layer_norm(x, (8,), backend="reference"), first)
+
+
+def test_nested_tensor_goes_to_torch() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)])
+    weight, bias = torch.randn(8), torch.randn(8)
+    found = llmkernels.layer_norm(nested, (8,), weight, bias)
+    for actual, expected in zip(
+        found.unbind(), F.layer_norm(nested, (8,), weight, bias).unbind(), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_lazily_negated_tensors(backend: str, device: torch.device) -> None:
+    """The imaginary part of a conjugate lies in memory with the other sign."""
+    x, weight, dy = (
+        testing.random_tensor(s, torch.float32, device, i) for i, s in enumerate(((4, 8), (8,), (4, 8)))
+    )
+
+    def run(negated, backend: str) -> list[torch.Tensor]:
+        leaves = [negated(x).detach().requires_grad_(), negated(weight).detach().requires_grad_()]
+        y = llmkernels.layer_norm(leaves[0], (8,), leaves[1], backend=backend)
+        return [y, *torch.autograd.grad(y, leaves, negated(dy))]
+
+    for actual, expected in zip(run(torch._neg_view, backend), run(torch.neg, "torch"), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_outputs_take_in_place_operations(backend: str, device: torch.device, compiled: bool) -> None:
+    """As torch's: y is not saved; z is, which backward notices; without a graph both are plain tensors."""
+    torch._dynamo.reset()
+    x, residual = (
+        testing.random_tensor((2, 3, 8), torch.float32, device, i, requires_grad=True) for i in range(2)
+    )
+
+    def function(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        y, z = llmkernels.add_layer_norm(x, residual, (8,), backend=backend)
+        return llmkernels.layer_norm(x, (8,), backend=backend).relu_() + y.relu_() + z
+
+    run = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+    z = x + residual
+    expected = F.layer_norm(x, (8,)).relu() + F.layer_norm(z, (8,)).relu() + z
+    for actual, own in zip(
+        torch.autograd.grad(run(x, residual).square().sum(), (x, residual)),
+        torch.autograd.grad(expected.square().sum(), (x, residual)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, own)
+    if compiled:
+        return
+    y, z = llmkernels.add_layer_norm(x, residual, (8,), backend=backend)
+    z.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with torch.no_grad():
+        y, _ = llmkernels.add_layer_norm(x, residual, (8,), backend=backend)
+    y.mul_(x)
+    assert y.requires_grad
+
+
+@pytest.mark.parametrize("compiler", (None, "aot_eager", "inductor"))
+@pytest.mark.parametrize("shape", ((6, 8), (2, 3, 8)))
+def test_gradients_share_no_memory(
+    backend: str, device: torch.device, shape: tuple[int, ...], compiler: str | None
+) -> None:
+    """Without dropout one tensor is both gradients; two backward passes have to add up in each of the two."""
+    x, residual = (
+        testing.random_tensor(shape, torch.float32, device, i, requires_grad=True) for i in range(2)
+    )
+
+    def function(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        y, z = llmkernels.add_layer_norm(x, residual, (8,), backend=backend)
+        return z.square().sum() + 0 * y.sum()
+
+    if compiler is not None:
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, backend=compiler)
+    for _ in range(2):
+        function(x, residual).backward()
+    for leaf in (x, residual):
+        torch.testing.assert_close(leaf.grad, 4 * (x + residual))
+    assert x.grad.data_ptr() != residual.grad.data_ptr()
+
+
+def test_unused_norm_of_a_constant_row(backend: str, device: torch.device) -> None:
+    """With eps 0 the norm is NaN, and only z is used: its gradient is of no NaN."""
+    x, residual = (torch.ones(2, 8, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.ones(8, device=device, requires_grad=True)
+    _, z = llmkernels.add_layer_norm(x, residual, (8,), weight, eps=0.0, backend=backend)
+    z.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x)) and torch.equal(residual.grad, torch.ones_like(x))
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("kind", (np.float64, np.float32))
+def test_numbers_of_numpy(backend: str, kind: type) -> None:
+    x = torch.randn(2, 8)
+    y, z = llmkernels.add_layer_norm(x, x, (8,), eps=kind(0.5), dropout_p=kind(0.0), backend=backend)
+    torch.testing.assert_close(y, F.layer_norm(z, (8,), eps=0.5))
 
 
 def test_forward_mode_falls_back(device: torch.device) -> None:

@@ -73,7 +73,7 @@ def _forward_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape
-    statistics = torch.float64 if torch.float64 in (x.dtype, residual_dtype) else torch.float32
+    statistics = torch.float64 if residual_dtype == torch.float64 else torch.float32  # z is of that dtype
     return (
         x.new_empty(m, n, dtype=output_dtype),
         x.new_empty(0, dtype=residual_dtype) if residual is None else x.new_empty(m, n, dtype=residual_dtype),
@@ -116,15 +116,16 @@ _backward_op = torch.ops.llmkernels.layer_norm_backward.default
 
 
 def _traced() -> bool:
-    """Whether somebody has to see the operator: torch.compile, or a dispatch mode (FakeTensorMode, make_fx, a
-    FLOP counter). Otherwise the kernels are called without it, which saves its share of the host's time of a
-    call."""
+    """Whether somebody has to see the operator: torch.compile, or a dispatch mode (make_fx, a FLOP counter,
+    selective checkpointing). Otherwise the kernels are called without it, which saves its share of the host's
+    time of a call."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _rows(tensor: Tensor, n: int) -> Tensor:
     """[..., normalized_shape] as [M, n] with a unit last stride: a view where the strides allow, else a
-    copy."""
+    copy. A lazily negated tensor (of a conjugate's imaginary part) is computed: kernels see its memory."""
+    tensor = tensor.resolve_neg()
     if tensor.dim() != 2 or tensor.shape[1] != n:
         tensor = tensor.reshape(-1, n) if tensor.numel() else tensor.reshape(tensor.numel() // max(n, 1), n)
     return tensor if n == 1 or tensor.stride(1) == 1 else tensor.contiguous()
@@ -132,9 +133,18 @@ def _rows(tensor: Tensor, n: int) -> Tensor:
 
 def _vector(parameter: Tensor | None) -> Tensor | None:
     """normalized_shape as a contiguous [n]."""
-    if parameter is None or (parameter.dim() == 1 and parameter.is_contiguous()):
+    if parameter is None:
+        return None
+    parameter = parameter.resolve_neg()
+    if parameter.dim() == 1 and parameter.is_contiguous():
         return parameter
     return parameter.reshape(-1).contiguous()
+
+
+def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """``tensor``, contiguous, in another shape, and no view of it: an output of an autograd.Function that is
+    a view refuses in-place operations."""
+    return tensor if tensor.shape == shape else torch.ops.aten._unsafe_view.default(tensor, shape)
 
 
 def _distinct(tensor: Tensor | None, *others: Tensor | None) -> Tensor | None:
@@ -175,10 +185,7 @@ def _forward(
         output_dtype,
         backend,
     )
-    if rows is not input:
-        y = y.view(input.shape)
-        z = z if residual is None else z.view(input.shape)
-    return y, None if residual is None else z, mean, rstd
+    return _shaped(y, input.shape), None if residual is None else _shaped(z, input.shape), mean, rstd
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -210,10 +217,16 @@ class _LayerNorm(torch.autograd.Function):
         if dy is None:
             if dz is None:
                 return (None,) * 12
+            if seed is None:
+                # The norm itself was not used, so that even a row of which it is NaN has a gradient.
+                dx = dz.to(ctx.input_dtype) if needs_input else None
+                return dx, dz.to(ctx.residual_dtype) if needs_residual else None, *(None,) * 10
             dy = torch.zeros_like(z)
-        # The dropout mask and differing dtypes are what tells the two gradients apart; without them one
-        # tensor is both.
-        separate = needs_residual and (seed is not None or ctx.residual_dtype != ctx.input_dtype)
+        # Dropout or differing dtypes tell the two gradients apart; else one tensor is both. Not under
+        # torch.compile, which would make two of its memory, to which autograd then adds twice.
+        separate = needs_residual and (
+            seed is not None or ctx.residual_dtype != ctx.input_dtype or torch.compiler.is_compiling()
+        )
         if torch.is_grad_enabled():
             # create_graph=True: the reference's backward is made of differentiable operations, the kernels'
             # is not.
@@ -238,11 +251,14 @@ class _LayerNorm(torch.autograd.Function):
             ctx.bias[0] if needs_bias else None,
             backend,
         )
+        # Where one tensor is both gradients it has to be one object: autograd makes a tensor that nobody else
+        # holds the leaf's .grad, and would add later gradients twice to memory that two of them share.
+        dx = _shaped(dx, z.shape) if needs_input or needs_residual else dx
         return (
-            dx.view(z.shape) if needs_input else None,
-            (dresidual if separate else dx).view(z.shape) if needs_residual else None,
-            dweight.view(weight.shape) if needs_weight else None,
-            dbias.view(ctx.bias[1]) if needs_bias else None,
+            dx if needs_input else None,
+            (_shaped(dresidual, z.shape) if separate else dx) if needs_residual else None,
+            _shaped(dweight, weight.shape) if needs_weight else None,
+            _shaped(dbias, ctx.bias[1]) if needs_bias else None,
         ) + (None,) * 8
 
 
@@ -260,6 +276,21 @@ def _apply(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     return _forward(*arguments)[:2]
 
 
+def _transform() -> str | None:
+    """The transform that this call is seen through, under torch.compile that of the code being traced."""
+    if torch._C._are_functorch_transforms_active():
+        return "a functorch transform (vmap, grad, jvp, ...) is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode automatic differentiation is active"
+    if torch._C._is_tracing():
+        return "torch.jit.trace is recording, which would not see the kernels"
+    return None
+
+
+# As dispatch._decide_and_record: torch.compile calls it while tracing, with the transforms it traces entered.
+_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _obstacle(*tensors: Tensor | None) -> str | None:
     """Why no kernel of ours may see these tensors, or None: the cases torch handles above the kernels."""
     for tensor in tensors:
@@ -269,12 +300,7 @@ def _obstacle(*tensors: Tensor | None) -> str | None:
             return f"a {type(tensor).__name__} is a tensor subclass"
         if tensor.layout is not torch.strided:
             return f"the layout is {tensor.layout}, not torch.strided"
-    if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
-            return "a functorch transform (vmap, grad, jvp, ...) is active"
-        if forward_ad._current_level >= 0:
-            return "forward-mode automatic differentiation is active"
-    return None
+    return _transform()
 
 
 def _is_autocast(input: Tensor) -> bool:
@@ -372,6 +398,10 @@ def _norm(
 ) -> Tensor:
     rms = op == "rms_norm"
     checks.check_tensor(op, "input", input)
+    if input.is_nested and type(input) is Tensor and backend in (None, "torch"):
+        # Of strided layout, which has no shape to check: torch does.
+        shape = tuple(normalized_shape)
+        return F.rms_norm(input, shape, weight, eps) if rms else F.layer_norm(input, shape, weight, bias, eps)
     checks.check_floating(op, "input", input)
     shape = checks.check_normalized_shape(op, normalized_shape, input)
     _check_parameters(op, weight, bias, shape, input)

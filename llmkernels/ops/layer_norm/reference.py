@@ -104,12 +104,12 @@ def forward(
         kept = x.to(wide)
         if seed is not None:
             kept = torch.where(dropout_mask(seed, m, n, dropout_p), kept * dropout_scale(dropout_p), 0.0)
-        z = (residual.to(wide) + kept).to(residual_dtype)
+        z = (residual.to(wide) + kept).to(residual_dtype).contiguous()
     xhat, mean, rstd = _normalize(z.to(_wide(z.dtype)), eps, rms)
     y = xhat if weight is None else xhat * weight
     y = y if bias is None else y + bias
     return (
-        y.to(output_dtype),
+        y.to(output_dtype).contiguous(),
         x.new_empty(0, dtype=residual_dtype) if residual is None else z,
         xhat.new_empty(0) if mean is None else mean.squeeze(1),
         rstd.squeeze(1),
