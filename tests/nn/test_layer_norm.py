@@ -206,8 +206,11 @@ def test_fx_trace_keeps_the_layer_as_one_call() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_script_compiles_torchs_operator() -> None:
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_script_compiles_torchs_operator(backend: str | None) -> None:
     layer = with_random_parameters(llmkernels.nn.LayerNorm(8))
+    if backend is not None:
+        layer.backend = backend
     scripted = torch.jit.script(layer)
     assert "aten::layer_norm" in str(scripted.inlined_graph)
     input = random_tensor((3, 8), torch.float32, "cpu", 0)

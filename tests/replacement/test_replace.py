@@ -360,6 +360,29 @@ def test_says_where_torchs_fused_layer_bypasses_a_norm() -> None:
     assert reasons(activation=nn.functional.silu) == [None, None, None]
 
 
+def _without_a_norm(layer: nn.TransformerEncoderLayer) -> None:
+    del layer.norm2
+
+
+def _with_an_identity(layer: nn.TransformerEncoderLayer) -> None:
+    layer.norm2 = nn.Identity()
+
+
+def _with_another_attention(layer: nn.TransformerEncoderLayer) -> None:
+    layer.self_attn = nn.Linear(16, 16)
+
+
+@pytest.mark.parametrize("change", [_without_a_norm, _with_an_identity, _with_another_attention])
+def test_an_encoder_layer_may_have_other_children(
+    change: Callable[[nn.TransformerEncoderLayer], None],
+) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    change(layer)
+    report = replace(layer)
+    assert {row.status for row in report.rows} == {"replaced"}
+    assert all(row.reason is None for row in report.rows)
+
+
 def test_the_remark_on_torchs_fused_layer_is_true() -> None:
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
     input = torch.randn(2, 3, 16)
@@ -440,6 +463,12 @@ def test_half_precision_rows_beside_float32_parameters() -> None:
     assert len(report.replaced) == 1
 
 
+def test_a_layer_without_a_finite_result_prints_as_torchs() -> None:
+    report = replace(nn.LayerNorm(16, eps=0.0), sample_inputs=torch.ones(2, 16))
+    assert [row.status for row in report.rows] == ["replaced"]
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
 def test_unusual_layers_are_verified() -> None:
     model = nn.Sequential(
         nn.LayerNorm(1),
@@ -497,6 +526,19 @@ def test_buffers_survive_a_model_that_changes_them_in_eval_mode() -> None:
     assert all(model.get_buffer(name) is buffer for name, buffer in buffers.items())
     assert model.calls == 0
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_sample_of_a_model_with_scripted_parts() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(8), nn.LayerNorm(8)))
+    frozen = torch.jit.freeze(torch.jit.script(nn.Linear(8, 8).eval()))
+    model = nn.Sequential(scripted, frozen, nn.LayerNorm(8))
+    before = copy.deepcopy(scripted.state_dict())
+    report = replace(model, sample_inputs=torch.randn(4, 8))
+    assert [row.status for row in report.rows] == ["skipped", "replaced"]
+    assert scripted.training
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in scripted.state_dict().items())
 
 
 def test_an_error_in_the_middle_of_the_swap_takes_all_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,19 +101,25 @@ class LayerNormAdapter(Adapter):
 def _fused_in_eval(parent: nn.Module, norm: nn.Module) -> bool:
     """Whether torch may run the whole encoder layer as one operator that never calls this norm of it.
 
-    The conditions of torch.nn.TransformerEncoderLayer.forward that depend on the layer alone.
+    The conditions of torch.nn.TransformerEncoderLayer.forward that depend on the layer alone. Its children
+    may be others than torch's, or gone.
     """
-    if not isinstance(parent, nn.TransformerEncoderLayer) or norm not in (parent.norm1, parent.norm2):
+    if not isinstance(parent, nn.TransformerEncoderLayer):
         return False
     if type(parent).forward is not nn.TransformerEncoderLayer.forward:
         return False
-    attention = parent.self_attn
+    first, second, attention = (getattr(parent, name, None) for name in ("norm1", "norm2", "self_attn"))
+    if not isinstance(first, nn.LayerNorm) or not isinstance(second, nn.LayerNorm):
+        return False
+    if not isinstance(attention, nn.MultiheadAttention):
+        return False
     return bool(
-        torch.backends.mha.get_fastpath_enabled()
+        norm in (first, second)
+        and torch.backends.mha.get_fastpath_enabled()
         and attention.batch_first
         and attention.in_proj_bias is not None
         and attention._qkv_same_embed_dim
         and attention.num_heads % 2 == 0
         and parent.activation_relu_or_gelu
-        and parent.norm1.eps == parent.norm2.eps
+        and first.eps == second.eps
     )
