@@ -127,9 +127,11 @@ def load(module: str) -> ModuleType | str:
         return f"{module.rsplit('.', 1)[-1]} can't be imported: {error}"
 
 
-def reasons_against(module: str, call: Any) -> tuple[str, ...]:
-    """Why the kernels of ``module`` can't serve ``call``; empty if they can."""
-    kernels = load(module)
+def reasons_against(backend: str, call: Any, modules: Mapping[str, str]) -> tuple[str, ...]:
+    """Why a backend can't serve ``call`` of the op that has these modules by backend; empty if it can."""
+    if backend not in modules:
+        return (f"this op has no {backend} kernels",)
+    kernels = load(modules[backend])
     return (kernels,) if isinstance(kernels, str) else tuple(kernels.unsupported(call))
 
 
@@ -147,7 +149,7 @@ def _decide(
     def serves(name: str) -> bool:
         if name == "torch":
             return True
-        reasons = reasons_against(kernels[name], call)
+        reasons = reasons_against(name, call, kernels)
         if reasons:
             passed_over.append((name, reasons))
         return not reasons
@@ -225,4 +227,4 @@ def preference() -> str | None:
 
 def support(call: Any, modules: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """For each backend of an op the reasons against ``call``; what doctor and replace() print."""
-    return {name: reasons_against(module, call) for name, module in modules.items()}
+    return {name: reasons_against(name, call, modules) for name in BACKENDS if name != "torch"}

@@ -46,6 +46,7 @@ class Backend:
 
     op: str
     backend: str
+    offered: bool  # the op has kernels of this backend
     automatic: bool  # tried by backend=None, for a tensor on a GPU
     where: str
     reasons: tuple[str, ...]  # against serving a call of that op there; none if it can
@@ -190,7 +191,8 @@ def _examine_backend(backend: str) -> list[Backend]:
         if status != 0 and (not of_op or lines[-1]["op"] == op):
             said = errors.strip().splitlines()[-1:] or ["no message"]
             failure = f"killed by signal {-status}" if status < 0 else said[0]
-        found.append(Backend(op, backend, backend in api.AUTOMATIC, where, reasons, runs, failure))
+        offered, automatic = backend in dict(api.KERNELS), backend in api.AUTOMATIC
+        found.append(Backend(op, backend, offered, automatic, where, reasons, runs, failure))
     return found
 
 
@@ -223,7 +225,7 @@ def _backend_lines(found: Backend) -> list[str]:
             lines.append(f"      worst: {run.detail}")
     if found.failure is not None:
         lines.append(f"    FAILED: {found.failure}")
-    if found.backend == "cuda" and not found.automatic:
+    if found.backend == "cuda" and found.offered and not found.automatic:
         lines.append(
             "    Not chosen by default: it has not run on real hardware yet; backend='cuda' asks for it."
         )

@@ -114,7 +114,7 @@ FAILED_RUN = doctor.Run("layer_norm float32", 1.0, 1e-7, 1e-6, False, "output [2
 
 
 def report(*, runs: tuple[doctor.Run, ...] = (), failure: str | None = None) -> doctor.Report:
-    found = doctor.Backend("layer_norm", "triton", True, "on the GPU", (), runs, failure)
+    found = doctor.Backend("layer_norm", "triton", True, True, "on the GPU", (), runs, failure)
     return doctor.Report({"torch": "2"}, (), None, ("no nvcc",), {"layer_norm": "triton (first)"}, (found,))
 
 

@@ -13,6 +13,7 @@ import torch
 
 import llmkernels
 from llmkernels import dispatch
+from llmkernels.ops.layer_norm import api as layer_norm
 
 X = torch.randn(3, 8)
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,14 @@ def test_call_beats_use_backend() -> None:
         assert served_by(backend="torch").backend == "torch"
         assert served_by().backend == "reference"
     assert served_by().backend == "torch"
+
+
+def test_an_op_may_lack_a_backend() -> None:
+    call = layer_norm.NormCall("layer_norm", X.device, X.dtype)
+    modules = (("reference", "llmkernels.ops.layer_norm.reference"),)
+    assert dispatch.support(call, dict(modules))["cuda"] == ("this op has no cuda kernels",)
+    with pytest.raises(RuntimeError, match="got 'cuda': this op has no cuda kernels"):
+        dispatch.choose(call, modules, (), "cuda")
 
 
 def test_use_backend_nests_and_survives_errors() -> None:

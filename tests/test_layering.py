@@ -32,22 +32,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "llmkernels.ops.*.selfcheck": ("{op}.api", "{op}.call", "testing"),
     # The kernels are named to dispatch and loaded by it, so that a missing triton is a reason and not an
     # error.
-    "llmkernels.ops.*.api": ("{op}.reference", "{op}.call", "checks", "dispatch"),
-    "llmkernels.ops.*.reference": ("{op}.call", "{op}.dropout"),
-    "llmkernels.ops.*.cuda_*": (
-        "{op}.cuda_*",
-        "{op}.call",
-        "{op}.dropout",
-        "{op}.tiles",
-        "checks",
-        "extension",
-    ),
+    "llmkernels.ops.*.api": ("{op}.reference", "{op}.call", "checks", "dispatch", "tracing"),
+    "llmkernels.ops.*.reference": ("{op}.call", "dropout"),
+    "llmkernels.ops.*.cuda_*": ("{op}.cuda_*", "{op}.call", "{op}.tiles", "checks", "dropout", "extension"),
     "llmkernels.ops.*.triton_*": (
-        *("{op}.triton_*", "{op}.call", "{op}.dropout", "{op}.tiles"),
-        *("checks", "interpreter"),
+        *("{op}.triton_*", "{op}.call", "{op}.tiles"),
+        *("checks", "dropout", "triton_support"),
     ),
     "llmkernels.ops.*": (),
     "llmkernels.extension": ("build",),
+    "llmkernels.triton_support": ("interpreter",),
     "llmkernels.*": (),
 }
 
@@ -57,6 +51,7 @@ EXTERNAL: dict[str, set[str]] = {
     "llmkernels.build": {"ninja", "pybind11"},
     "llmkernels.interpreter": {"numpy", "torch", "triton"},
     "llmkernels.ops.*.triton_*": {"torch", "triton"},
+    "llmkernels.triton_support": {"torch", "triton"},
     "llmkernels.cli": set(),
     "llmkernels*": {"torch"},
 }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmkernels
-from llmkernels import testing
+from llmkernels import dropout, testing
 from llmkernels.ops.layer_norm import reference
 
 
@@ -94,7 +94,7 @@ class Case:
         if self.op == "layer_norm":
             return (F.layer_norm(x, self.normalized_shape, weight, bias, self.eps),)
         if mask is not None:
-            x = torch.where(mask, x * reference.dropout_scale(self.dropout_p), 0.0)
+            x = torch.where(mask, x * dropout.dropout_scale(self.dropout_p), 0.0)
         z = tensors["residual"] + x
         if x.dtype != torch.float64:
             z = z.to(self.residual_out or z.dtype)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 import llmkernels
-from llmkernels import testing
-from llmkernels.ops.layer_norm import dropout, reference
+from llmkernels import dropout, testing
+from llmkernels.ops.layer_norm import reference
 from llmkernels.ops.layer_norm.call import NormCall
 
 # Rows in registers, of both kinds of blocks, and a row that is read twice.

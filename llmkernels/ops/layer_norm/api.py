@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, overrides
-from torch.autograd import forward_ad
 
-from ... import checks, dispatch
+from ... import checks, dispatch, tracing
 from . import reference
 from .call import NormCall
 
@@ -115,13 +114,6 @@ _forward_op = torch.ops.llmkernels.layer_norm_forward.default
 _backward_op = torch.ops.llmkernels.layer_norm_backward.default
 
 
-def _traced() -> bool:
-    """Whether somebody has to see the operator: torch.compile, or a dispatch mode (make_fx, a FLOP counter,
-    selective checkpointing). Otherwise the kernels are called without it, which saves its share of the host's
-    time of a call."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
 def _rows(tensor: Tensor, n: int) -> Tensor:
     """[..., normalized_shape] as [M, n] with a unit last stride: a view where the strides allow, else a
     copy. A lazily negated tensor (of a conjugate's imaginary part) is computed: kernels see its memory."""
@@ -147,14 +139,6 @@ def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return tensor if tensor.shape == shape else torch.ops.aten._unsafe_view.default(tensor, shape)
 
 
-def _distinct(tensor: Tensor | None, *others: Tensor | None) -> Tensor | None:
-    """``tensor``, or a view of it where it is also one of ``others`` and torch.compile is tracing, which
-    takes no tensor twice as an input of an autograd.Function."""
-    if tensor is not None and torch.compiler.is_compiling() and any(tensor is other for other in others):
-        return tensor.view_as(tensor)
-    return tensor
-
-
 def _forward(
     input: Tensor,
     residual: Tensor | None,
@@ -170,7 +154,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """y, the new residual (None without one), mean and rstd, by the kernels of ``backend``."""
-    forward = _forward_op if _traced() else _forward_implementation
+    forward = _forward_op if tracing.traced() else _forward_implementation
     rows = _rows(input, n)
     y, z, mean, rstd = forward(
         rows,
@@ -232,7 +216,7 @@ class _LayerNorm(torch.autograd.Function):
             # is not.
             backward = _reference_backward
         else:
-            backward = _backward_op if _traced() else _backward_implementation
+            backward = _backward_op if tracing.traced() else _backward_implementation
         dx, dresidual, dweight, dbias = backward(
             _rows(dy, n),
             None if dz is None else _rows(dz, n),
@@ -274,33 +258,6 @@ def _apply(*arguments: Any) -> tuple[Tensor, Tensor | None]:
         outputs = _LayerNorm.apply(*arguments)
         return outputs if isinstance(outputs, tuple) else (outputs, None)
     return _forward(*arguments)[:2]
-
-
-def _transform() -> str | None:
-    """The transform that this call is seen through, under torch.compile that of the code being traced."""
-    if torch._C._are_functorch_transforms_active():
-        return "a functorch transform (vmap, grad, jvp, ...) is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode automatic differentiation is active"
-    if torch._C._is_tracing():
-        return "torch.jit.trace is recording, which would not see the kernels"
-    return None
-
-
-# As dispatch._decide_and_record: torch.compile calls it while tracing, with the transforms it traces entered.
-_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _obstacle(*tensors: Tensor | None) -> str | None:
-    """Why no kernel of ours may see these tensors, or None: the cases torch handles above the kernels."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return f"a {type(tensor).__name__} is a tensor subclass"
-        if tensor.layout is not torch.strided:
-            return f"the layout is {tensor.layout}, not torch.strided"
-    return _transform()
 
 
 def _is_autocast(input: Tensor) -> bool:
@@ -415,7 +372,7 @@ def _norm(
             input.dtype,
             None if weight is None else weight.dtype,
             None if bias is None else bias.dtype,
-            obstacle=_obstacle(input, weight, bias),
+            obstacle=tracing.obstacle(input, weight, bias),
         )
         chosen = dispatch.choose(call, KERNELS, AUTOMATIC, backend)
     if chosen == "torch":
@@ -424,7 +381,7 @@ def _norm(
         return _layer_norm_torch(input, shape, weight, bias, eps)
     n = _element_count(shape)
     output_dtype = _output_dtype(input)
-    bias = _distinct(bias, weight)
+    bias = tracing.distinct(bias, weight)
     y, _ = _apply(input, None, weight, bias, None, n, float(eps), 0.0, rms, input.dtype, output_dtype, chosen)
     return y
 
@@ -491,7 +448,7 @@ def add_layer_norm(
         None if bias is None else bias.dtype,
         residual.dtype,
         residual_dtype,
-        _obstacle(input, residual, weight, bias),
+        tracing.obstacle(input, residual, weight, bias),
     )
     chosen = dispatch.choose(call, KERNELS, AUTOMATIC, backend)
     output_dtype = _output_dtype(input)
@@ -504,9 +461,9 @@ def add_layer_norm(
     n = _element_count(shape)
     y, new_residual = _apply(
         input,
-        _distinct(residual, input),
+        tracing.distinct(residual, input),
         weight,
-        _distinct(bias, weight),
+        tracing.distinct(bias, weight),
         seed,
         n,
         float(eps),

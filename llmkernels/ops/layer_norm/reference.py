@@ -11,42 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...dropout import dropout_scale, dropout_threshold, philox_uint32
 from .call import NormCall
-from .dropout import dropout_scale, dropout_threshold
-
-_PHILOX_ROUNDS = 7
-_LOW = 0xFFFFFFFF
 
 
 def unsupported(call: NormCall) -> list[str]:
     """The reference serves every call that reaches it outside functorch."""
     return [] if call.obstacle is None else [call.obstacle]
-
-
-def _multiply_high_low(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b for 32-bit values that lie in int64, without an overflow of the sign
-    bit."""
-    low = a * (b & 0xFFFF)
-    high = a * (b >> 16)
-    middle = (low >> 16) + high
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
-
-
-def philox_uint32(seed: Tensor, quads: Tensor) -> Tensor:
-    """Philox-4x32-7 (Salmon et al., SC 2011): [..., 4] random 32-bit integers, in int64, of counters
-    ``quads``.
-
-    seed: int64 [1], the 64-bit key. quads: int64 of any shape, the low 64 bits of the counter.
-    """
-    c0, c1 = quads & _LOW, (quads >> 32) & _LOW
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(_PHILOX_ROUNDS):
-        high0, low0 = _multiply_high_low(c0, 0xD2511F53)
-        high2, low2 = _multiply_high_low(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
-    return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
 def dropout_mask(seed: Tensor, m: int, n: int, dropout_p: float) -> Tensor:

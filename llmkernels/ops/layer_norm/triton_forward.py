@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...dropout import dropout_scale, dropout_threshold
+from ...triton_support import architecture, known_multiple, on_device
 from . import tiles
-from .dropout import dropout_scale, dropout_threshold
-from .triton_common import architecture, kept_by_dropout, known_multiple, on_device, vector_width
+from .triton_common import kept_by_dropout, vector_width
 
 
 @triton.jit
