@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-# numpy's scalars are registered as the former; torch's functions take them too.
-_REAL: Any = (numbers.Real, torch.SymFloat)
+# What torch's functions take as a number; numpy's scalars are registered as the former.
+REAL: Any = (numbers.Real, torch.SymFloat)
 
 
 def fail(kind: type[Exception], op: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -89,7 +89,7 @@ def check_eps(op: str, eps: Any) -> None:
     if (
         type(eps) is not float
         and type(eps) is not int
-        and (isinstance(eps, bool) or not isinstance(eps, _REAL))
+        and (isinstance(eps, bool) or not isinstance(eps, REAL))
     ):
         fail(TypeError, op, "eps", "a number", type(eps).__name__)
     if not eps >= 0:
@@ -98,7 +98,7 @@ def check_eps(op: str, eps: Any) -> None:
 
 def check_dropout(op: str, dropout_p: Any) -> None:
     """TypeError unless a real number, ValueError unless in [0, 1], as torch.nn.functional.dropout."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, _REAL):
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, REAL):
         fail(TypeError, op, "dropout_p", "a number", type(dropout_p).__name__)
     if not 0 <= dropout_p <= 1:
         fail(ValueError, op, "dropout_p", "a probability between 0 and 1", dropout_p)

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -127,6 +128,13 @@ def load(module: str) -> ModuleType | str:
         return f"{module.rsplit('.', 1)[-1]} can't be imported: {error}"
 
 
+def kernels(package: str, backend: str) -> Any:
+    """The kernel module of a backend that ``choose`` named; imported here where a saved torch.export program
+    is the first of its process to ask for it."""
+    name = f"{package}.{backend}" if backend == "reference" else f"{package}.{backend}_kernels"
+    return sys.modules.get(name) or importlib.import_module(name)
+
+
 def reasons_against(backend: str, call: Any, modules: Mapping[str, str]) -> tuple[str, ...]:
     """Why a backend can't serve ``call`` of the op that has these modules by backend; empty if it can."""
     if backend not in modules:
@@ -177,6 +185,8 @@ def _decide(
     for name in automatic:
         if serves(name):
             return decision(name, "first of the automatic rule that can serve")
+    if not automatic:
+        return decision("torch", "no kernel of ours has been timed against torch's for such a call yet")
     return decision("torch", "no kernel of the automatic rule can serve")
 
 

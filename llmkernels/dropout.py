@@ -1,8 +1,8 @@
 """Dropout's random words and numbers, on which every backend of every op agrees to the bit.
 
-An element is kept where the upper 31 bits of its word are at least ``dropout_threshold(dropout_p)``; which
-word is an element's own is the op's to say. This is the pure-PyTorch form; Triton and CUDA C++ have their
-own.
+An element is kept where the upper 31 bits of its word are at least ``dropout_threshold(dropout_p)``. Which
+word is an element's own ``dropout_mask`` says for ops on rows; attention has its own rule. This is the
+pure-PyTorch form; Triton and CUDA C++ have theirs.
 """
 
 from __future__ import annotations
@@ -48,3 +48,13 @@ def philox_uint32(seed: Tensor, quads: Tensor) -> Tensor:
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
     return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def dropout_mask(seed: Tensor, m: int, n: int, dropout_p: float) -> Tensor:
+    """bool [m, n], True = kept. Element (i, j) takes word j % 4 of counter i * ceil(n / 4) + j // 4, so that
+    no counter serves two rows; it is kept where the word's upper 31 bits are at least round(dropout_p *
+    2^31)."""
+    quads_per_row = (n + 3) // 4
+    quads = torch.arange(m * quads_per_row, dtype=torch.int64, device=seed.device).view(m, quads_per_row)
+    words = philox_uint32(seed, quads).reshape(m, quads_per_row * 4)[:, :n]
+    return (words >> 1) >= dropout_threshold(dropout_p)

@@ -22,6 +22,17 @@ def distinct(tensor: Tensor | None, *others: Tensor | None) -> Tensor | None:
     return tensor
 
 
+def batched(gradient: Tensor | None) -> bool:
+    """Whether a gradient stands for many, which no kernel takes: torch.vmap maps over a backward, or
+    is_grads_batched=True does, which has an older vmap of its own."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return torch._C._are_functorch_transforms_active() or (
+        gradient is not None and functorch.is_legacy_batchedtensor(gradient)
+    )
+
+
 def _transform() -> str | None:
     """The transform that this call is seen through, under torch.compile that of the code being traced."""
     if torch._C._are_functorch_transforms_active():

@@ -23,6 +23,7 @@ if INTERPRETED:
 _INTERPRETED_ARCHITECTURE = 90
 _INTERPRETED_PROCESSORS = 2
 _OLDEST_ARCHITECTURE = 80
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @functools.cache
@@ -63,7 +64,61 @@ def device_obstacles(device: torch.device) -> list[str]:
     return []
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies float32 operands: "ieee", exactly, or "tf32" where torch's own switch
+    (allow_tf32, fp32_precision, set_float32_matmul_precision) lets cuBLAS. Products of 16-bit operands are
+    always exact."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and dtype == torch.float32 else "ieee"
+
+
+def padded(head_dim: int) -> int:
+    """The power of two, at least 16, that a tile holds a head in: what tl.arange and tl.dot ask for."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 @triton.jit
 def known_multiple(size, VEC: tl.constexpr):
     """``size``, a multiple of VEC, in a form from which the compiler concludes that it is one."""
     return size // VEC * VEC
+
+
+def vector_width(dtypes: tuple[torch.dtype | None, ...], *sizes: int) -> int:
+    """How many elements one thread may read at once: a power of two that divides the row length and the row
+    strides.
+
+    Triton by itself sees divisibility by 16 and nothing less, and would read rows of 1000 element by element;
+    the kernels are told this number instead. It is limited to 16 bytes of the widest dtype, not of each: then
+    tiles of 16-bit and 32-bit tensors have one layout in the registers and meet without an exchange through
+    shared memory.
+    """
+    bits = 4 if torch.float32 in dtypes else 8
+    for size in sizes:
+        bits |= size
+    return bits & -bits
+
+
+@triton.jit
+def kept_by_dropout(seed_ptr, rows, first_column, N, threshold, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which elements dropout keeps: word j % 4 of Philox-4x32-7 at counter row * ceil(N / 4) + j // 4, of
+    which the upper 31 bits are compared with the threshold. first_column is a multiple of 4."""
+    offs_quad = first_column // 4 + tl.arange(0, BLOCK_N // 4)
+    quads = rows[:, None] * ((N + 3) // 4) + offs_quad[None, :]  # int64 [ROWS, BLOCK_N / 4]
+    w0, w1, w2, w3 = tl.randint4x(tl.load(seed_ptr), quads, n_rounds=7)
+    threshold = threshold.to(tl.uint32)
+    even = tl.interleave((w0 >> 1) >= threshold, (w2 >> 1) >= threshold)  # [ROWS, BLOCK_N / 2]
+    odd = tl.interleave((w1 >> 1) >= threshold, (w3 >> 1) >= threshold)
+    return tl.interleave(even, odd)  # [ROWS, BLOCK_N]
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32's last places: for small x its odd polynomial (as in Cephes), which 1 - 2 / (e^2x + 1)
+    would round away."""
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    tail = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * _LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, series * square * x + x, tl.where(x < 0, -tail, tail))

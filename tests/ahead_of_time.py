@@ -29,8 +29,8 @@ class Job:
     """One kernel with one set of argument types and constants, for one architecture.
 
     kernel: "module:name". arguments: by parameter name, the type of a runtime argument in Triton's notation
-    ("*bf16", "i32", "fp32"), a number for a constexpr, None for a pointer that is not given. Pointers are
-    16-byte aligned unless named in ``unaligned``.
+    ("*bf16", "i32", "fp32"), a number or any other string for a constexpr, None for a pointer that is not
+    given, a tuple of these. Pointers are 16-byte aligned unless named in ``unaligned``.
     """
 
     kernel: str
@@ -64,6 +64,10 @@ _INSTRUCTIONS = {
     "shared_store": r"st\.shared|stmatrix",
     "barrier": r"bar\.sync",
     "flush_to_zero": r"\.ftz\.",
+    # Of sm_80 and sm_120, of sm_90, of sm_100.
+    "mma_sync": r"mma\.sync",
+    "wgmma": r"wgmma\.mma_async",
+    "tcgen05_mma": r"tcgen05\.mma",
 }
 
 
@@ -95,6 +99,16 @@ def compile_all(jobs: Iterable[Job], processes: int = 1) -> list[Compiled]:
     return reports
 
 
+def _is_type(argument: object) -> bool:
+    return isinstance(argument, str) and re.fullmatch(r"\*?(i|u|fp|bf)\d+", argument) is not None
+
+
+def _signature(argument: object) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return tuple(map(_signature, argument))
+    return argument if _is_type(argument) else "constexpr"
+
+
 def _compile(job: Job) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -105,9 +119,13 @@ def _compile(job: Job) -> Compiled:
     parameters = [parameter.name for parameter in function.params]
     if set(parameters) != set(job.arguments):
         raise ValueError(f"{name}: the job's arguments differ in {set(parameters) ^ set(job.arguments)}")
-    types = {p: v if isinstance(v, str) else "constexpr" for p, v in job.arguments.items()}
-    constants = {(parameters.index(p),): v for p, v in job.arguments.items() if not isinstance(v, str)}
-    aligned = [p for p in parameters if types[p].startswith("*") and p not in job.unaligned]
+    types = {p: _signature(v) for p, v in job.arguments.items()}
+    constants: dict[tuple[int, ...], Any] = {}
+    for p, v in job.arguments.items():
+        elements = enumerate(v) if isinstance(v, (list, tuple)) else [(None, v)]
+        path = (parameters.index(p),)
+        constants |= {path if i is None else (*path, i): x for i, x in elements if not _is_type(x)}
+    aligned = [p for p in parameters if str(types[p]).startswith("*") and p not in job.unaligned]
     attributes = {(parameters.index(p),): [["tt.divisibility", 16]] for p in aligned}
     source = ASTSource(function, {p: types[p] for p in parameters}, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", job.architecture, 32)

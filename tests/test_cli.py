@@ -57,10 +57,8 @@ def test_doctor_runs_every_kernel_that_can(here: doctor.Report) -> None:
     assert {found.backend for found in here.backends} == {"cuda", "triton", "reference"}
     for found in here.backends:
         assert bool(found.runs) != bool(found.reasons)
-        assert {run.name.split()[0] for run in found.runs} in (
-            set(),
-            {"layer_norm", "add_layer_norm", "rms_norm"},
-        )
+        if found.op == "layer_norm" and found.runs:
+            assert {run.name.split()[0] for run in found.runs} == {"layer_norm", "add_layer_norm", "rms_norm"}
     assert {"llmkernels", "python", "torch", "triton"} <= set(here.versions)
     assert here.chosen["layer_norm"].startswith("torch (" if not torch.cuda.is_available() else "triton (")
 
@@ -140,8 +138,8 @@ def test_doctor_survives_a_kernel_that_does_not(
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    (found,) = doctor._examine_backend("reference")
-    assert found.failure == said and not found.healthy
+    for found in doctor._examine_backend("reference"):
+        assert found.failure == said and not found.healthy
 
 
 # --- build
@@ -188,7 +186,8 @@ def test_bench_keeps_its_figures_without_matplotlib(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(bench.OPS["layer_norm"], "run", lambda *_: [])
+    for op in bench.OPS.values():
+        monkeypatch.setattr(op, "run", lambda *_: [])
     monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     assert bench.main(["--device", "cpu", "--output", str(tmp_path)]) == 0
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv"}

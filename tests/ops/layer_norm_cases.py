@@ -11,7 +11,6 @@ from torch import Tensor
 
 import llmkernels
 from llmkernels import dropout, testing
-from llmkernels.ops.layer_norm import reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _mask_of_next_call(case: Case, x: Tensor, backend: str | None) -> Tensor:
     if backend == "torch":
         return F.dropout(torch.ones_like(x), case.dropout_p) != 0
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    return reference.dropout_mask(seed, x.numel() // case.n, case.n, case.dropout_p).view(case.shape)
+    return dropout.dropout_mask(seed, x.numel() // case.n, case.n, case.dropout_p).view(case.shape)
 
 
 def _leaves(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

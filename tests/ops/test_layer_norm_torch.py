@@ -254,6 +254,19 @@ def test_functorch_falls_back_with_a_reason(device: torch.device, op: str) -> No
         torch.vmap(lambda rows: case.call({**rows, **parameters}, "reference")[0])(rows)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_batched_gradients(backend: str, device: torch.device, op: str) -> None:
+    """Many gradients at once: vmap over a backward, which kernels can't be under."""
+    tensors = Case(op, (3, 8)).inputs(device)
+    outputs = Case(op, (3, 8)).call(tensors, backend)
+    leaves = list(tensors.values())
+    many = tuple(testing.random_tensor((4, *y.shape), torch.float32, device, 9) for y in outputs)
+    together = torch.autograd.grad(outputs, leaves, many, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(outputs, leaves, one, retain_graph=True) for one in zip(*many, strict=True)]
+    for actual, *expected in zip(together, *each, strict=True):
+        torch.testing.assert_close(actual, torch.stack(expected))
+
+
 @pytest.mark.parametrize("preferred", ("reference", "triton"))
 def test_functorch_inside_compile(device: torch.device, preferred: str) -> None:
     """Transforms that torch.compile traces: the kernels, which have no rule for them, would be constants."""

@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 
 import llmkernels
 from llmkernels import dropout, testing
-from llmkernels.ops.layer_norm import reference
 from llmkernels.ops.layer_norm.call import NormCall
 
 # Rows in registers, of both kinds of blocks, and a row that is read twice.
@@ -45,7 +44,7 @@ def test_dropout_is_the_reference_mask(n: int, device: torch.device) -> None:
     _, z, _, _ = triton_kernels.forward(
         *(x, torch.zeros_like(x), None, None, seed, 1e-5, 0.3, False, torch.float32, torch.float32)
     )
-    kept = reference.dropout_mask(seed, 3, n, 0.3)
+    kept = dropout.dropout_mask(seed, 3, n, 0.3)
     assert torch.equal(z, kept * torch.tensor(dropout.dropout_scale(0.3), dtype=torch.float32, device=device))
 
 

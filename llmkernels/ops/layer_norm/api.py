@@ -3,7 +3,6 @@ torch.library."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +40,7 @@ _library.define(
 
 
 def _kernels(backend: str) -> Any:
-    return sys.modules[f"{_PACKAGE}.{backend}_kernels"] if backend != "reference" else reference
+    return reference if backend == "reference" else dispatch.kernels(_PACKAGE, backend)
 
 
 def _forward_implementation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -211,9 +210,9 @@ class _LayerNorm(torch.autograd.Function):
         separate = needs_residual and (
             seed is not None or ctx.residual_dtype != ctx.input_dtype or torch.compiler.is_compiling()
         )
-        if torch.is_grad_enabled():
-            # create_graph=True: the reference's backward is made of differentiable operations, the kernels'
-            # is not.
+        if torch.is_grad_enabled() or tracing.batched(dy) or tracing.batched(dz):
+            # The reference's backward is made of operations that torch can differentiate (create_graph=True)
+            # and batch, the kernels' is not.
             backward = _reference_backward
         else:
             backward = _backward_op if tracing.traced() else _backward_implementation

@@ -11,23 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dropout import dropout_scale, dropout_threshold, philox_uint32
+from ...dropout import dropout_mask, dropout_scale
 from .call import NormCall
 
 
 def unsupported(call: NormCall) -> list[str]:
     """The reference serves every call that reaches it outside functorch."""
     return [] if call.obstacle is None else [call.obstacle]
-
-
-def dropout_mask(seed: Tensor, m: int, n: int, dropout_p: float) -> Tensor:
-    """bool [m, n], True = kept. Element (i, j) takes word j % 4 of counter i * ceil(n / 4) + j // 4, so that
-    no counter serves two rows; it is kept where the word's upper 31 bits are at least round(dropout_p *
-    2^31)."""
-    quads_per_row = (n + 3) // 4
-    quads = torch.arange(m * quads_per_row, dtype=torch.int64, device=seed.device).view(m, quads_per_row)
-    words = philox_uint32(seed, quads).reshape(m, quads_per_row * 4)[:, :n]
-    return (words >> 1) >= dropout_threshold(dropout_p)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...dropout import dropout_scale, dropout_threshold
-from ...triton_support import architecture, known_multiple, on_device
+from ...triton_support import architecture, kept_by_dropout, known_multiple, on_device, vector_width
 from . import tiles
-from .triton_common import kept_by_dropout, vector_width
 
 
 @triton.jit
