@@ -1,0 +1,1 @@
+"""Fused softmax attention: dense and packed (varlen), forward and backward."""
