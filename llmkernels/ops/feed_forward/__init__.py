@@ -1,0 +1,1 @@
+"""Linear layer + activation, and the feed-forward block of a Transformer."""
