@@ -14,19 +14,30 @@ from pathlib import Path
 import torch
 import torch._functorch.config
 
-from . import layer_norm
+from . import attention, attention_decode, feed_forward, layer_norm
 from .measure import Record, environment
 
-OPS = {"layer_norm": layer_norm}
+OPS = {
+    "attention": attention,
+    "attention_decode": attention_decode,
+    "feed_forward": feed_forward,
+    "layer_norm": layer_norm,
+}
 
 
 def _print_row(record: Record) -> None:
-    share = "" if record.share_of_copy_rate is None else f"{record.share_of_copy_rate:6.2f} of copy"
+    rate, share = f"{record.gigabytes_per_second:8.1f} GB/s", ""
+    if record.share_of_copy_rate is not None:
+        share = f"{record.share_of_copy_rate:6.2f} of copy"
+    if record.teraflops_per_second is not None:
+        rate = f"{record.teraflops_per_second:7.2f} TFLOP/s"
+        if record.share_of_matmul_rate is not None:
+            share = f"{record.share_of_matmul_rate:6.2f} of matmul"
     time = "not timed" if math.isnan(record.median_seconds) else f"{record.median_seconds * 1e6:10.1f} us"
     match = "match" if record.match else f"NO MATCH ({record.match_detail})"
     print(
         f"{record.variant:30} {record.direction:9} {record.rows:6}x{record.columns:<7} {record.provider:18} "
-        f"{time} {record.gigabytes_per_second:8.1f} GB/s {share} {match}",
+        f"{time} {rate} {share} {match}",
         flush=True,
     )
 
@@ -38,6 +49,7 @@ def _plot(records: list[Record], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     variants = sorted({record.variant for record in records})
+    unit = "TFLOP/s" if any(record.teraflops_per_second for record in records) else "GB/s"
     directions = ("forward", "backward")
     figure, grid = plt.subplots(
         len(variants), len(directions), figsize=(11, 3.2 * len(variants)), squeeze=False, sharex=True
@@ -46,7 +58,7 @@ def _plot(records: list[Record], path: Path, title: str) -> None:
         for axes, direction in zip(axes_row, directions, strict=True):
             for provider in sorted({record.provider for record in records}):
                 points = [
-                    (r.columns, r.gigabytes_per_second)
+                    (r.columns, r.teraflops_per_second or r.gigabytes_per_second)
                     for r in records
                     if (r.variant, r.direction, r.provider) == (variant, direction, provider) and r.match
                 ]
@@ -56,7 +68,7 @@ def _plot(records: list[Record], path: Path, title: str) -> None:
                 xscale="log",
                 title=f"{variant}, {direction}",
                 xlabel="columns",
-                ylabel="GB/s of the floor's bytes",
+                ylabel=f"{unit} of the floor",
             )
             axes.grid(True, alpha=0.3)
     grid[0][0].legend(fontsize=7)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds, tests and measures everything on a machine with a GPU, inside ten minutes.
+# Builds, tests and measures on a machine with a GPU, in sections that each end inside ten minutes.
 #
-#   bench/device.sh [OUTPUT [SECTION...]]      sections: build doctor test bench overhead; default: all, in this order
+#   bench/device.sh [OUTPUT [SECTION...]]      default: the sections of `all` below, in that order
 #
 # PYTHON names the interpreter (default python3); nothing is installed. Every section's log and the measurements lie in
 # OUTPUT (default bench/results/<date>); a section that fails is reported at the end and the others run all the same.
@@ -11,19 +11,30 @@ PYTHON=${PYTHON:-python3}
 output=${1:-bench/results/$(date -u +%Y-%m-%d)}
 [ $# -eq 0 ] || shift
 sections=("$@")
-[ ${#sections[@]} -gt 0 ] || sections=(build doctor test bench overhead)
+all=(build doctor test bench_layer_norm bench_attention bench_attention_decode bench_feed_forward overhead)
+# Asked for by name alone: tune_attention tune_feed_forward, which print rows for the tile tables.
+[ ${#sections[@]} -gt 0 ] || sections=("${all[@]}")
 mkdir -p "$output"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 
 run_build() { "$PYTHON" -m llmkernels build; }
 run_doctor() { "$PYTHON" -m llmkernels doctor; }
 # The tests of GPU code alone: packaging, lint and examples need no GPU and run elsewhere.
-run_test() { timeout 300 "$PYTHON" -m pytest tests/ops tests/nn tests/test_dispatch.py -q -x -k "not tiles"; }
-run_bench() {
+run_test() { timeout 580 "$PYTHON" -m pytest tests/ops tests/nn tests/test_dispatch.py -q -x -k "not tiles"; }
+# One op in both kinds of arithmetic; the second runs even if a provider of the first does not match.
+bench_op() {
+  local failed=0
   for dtype in bfloat16 float32; do
-    timeout 200 "$PYTHON" -m bench --device cuda --dtype "$dtype" --output "$output" || return 1
+    timeout 280 "$PYTHON" -m bench --op "$1" --device cuda --dtype "$dtype" --output "$output" || failed=1
   done
+  return $failed
 }
+run_bench_layer_norm() { bench_op layer_norm; }
+run_bench_attention() { bench_op attention; }
+run_bench_attention_decode() { bench_op attention_decode; }
+run_bench_feed_forward() { bench_op feed_forward; }
+run_tune_attention() { "$PYTHON" -m bench.tune_attention --seconds 480; }
+run_tune_feed_forward() { "$PYTHON" -m bench.tune_feed_forward --seconds 480; }
 run_overhead() {
   "$PYTHON" -m pytest bench/test_host_overhead.py -q --benchmark-json="$output/host_overhead.json"
 }

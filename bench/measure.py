@@ -18,8 +18,8 @@ Run = Callable[[], object]
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One provider on one shape: seconds are medians; share_of_floor is floor over measured, where a GPU was
-    timed."""
+    """One provider on one shape: the shares are of the rates that the same run measured, None off the GPU. An
+    op bound by arithmetic has the last three, too."""
 
     op: str
     variant: str
@@ -37,6 +37,9 @@ class Record:
     gigabytes_per_second: float
     share_of_copy_rate: float | None
     peak_bytes: int | None
+    floor_flops: int | None = None
+    teraflops_per_second: float | None = None
+    share_of_matmul_rate: float | None = None
 
 
 def _flush_buffer(device: torch.device) -> torch.Tensor:
@@ -83,8 +86,8 @@ def seconds_on_cpu(run: Run, repeats: int = 20) -> list[float]:
     return times[2:]
 
 
-def seconds(run: Run, device: torch.device) -> list[float]:
-    return seconds_on_gpu(run, device) if device.type == "cuda" else seconds_on_cpu(run)
+def seconds(run: Run, device: torch.device, repeats: int = 50) -> list[float]:
+    return seconds_on_gpu(run, device, repeats) if device.type == "cuda" else seconds_on_cpu(run)
 
 
 def percentiles(times: list[float]) -> tuple[float, float, float]:
@@ -114,6 +117,17 @@ def copy_rate(device: torch.device) -> float | None:
     target = torch.empty_like(source)
     median, _, _ = percentiles(seconds_on_gpu(lambda: target.copy_(source), device, 20))
     return 2 * source.nbytes / median
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Floating-point operations per second of torch's product of two random 8192 x 8192 matrices: the
+    ceiling of every op bound by arithmetic, measured in the same run. None off the GPU."""
+    if device.type != "cuda":
+        return None
+    size = 8192
+    a, b = (torch.empty(size, size, dtype=dtype, device=device).normal_() for _ in range(2))
+    median, _, _ = percentiles(seconds_on_gpu(lambda: a @ b, device, 20))
+    return 2 * size**3 / median
 
 
 def _git(*arguments: str) -> str | None:

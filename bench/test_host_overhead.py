@@ -69,3 +69,24 @@ def test_forward(benchmark: BenchmarkFixture, path: str) -> None:
 @pytest.mark.benchmark(group="forward and backward")
 def test_forward_and_backward(benchmark: BenchmarkFixture, path: str) -> None:
     benchmark(lambda: torch.autograd.grad(PATHS[path](*LEAVES), LEAVES, GRADIENT))
+
+
+QUERY = torch.randn(1, 1, 1, 16)
+QUERY_LEAF = QUERY.clone().requires_grad_()
+ATTENTION = {
+    "torch": lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True),
+    "automatic": lambda q: llmkernels.attention(q, q, q, is_causal=True),
+}
+
+
+@pytest.mark.parametrize("path", ATTENTION)
+@pytest.mark.benchmark(group="attention, forward, no gradient")
+def test_attention_inference(benchmark: BenchmarkFixture, path: str) -> None:
+    with torch.no_grad():
+        benchmark(ATTENTION[path], QUERY)
+
+
+@pytest.mark.parametrize("path", ATTENTION)
+@pytest.mark.benchmark(group="attention, forward and backward")
+def test_attention_forward_and_backward(benchmark: BenchmarkFixture, path: str) -> None:
+    benchmark(lambda: torch.autograd.grad(ATTENTION[path](QUERY_LEAF).sum(), QUERY_LEAF))

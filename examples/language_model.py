@@ -3,7 +3,7 @@
 ``python -m examples.language_model`` predicts the characters of Shakespeare's plays one by one. Read the file
 from top to bottom: the data, the model of Vaswani et al. (Attention Is All You Need, arXiv 1706.03762) as a
 decoder, its training, and what is made of it. The same model is trained twice from one seed on the same
-batches, the second time after ``llmkernels.replace``.
+batches, the second time with ``llmkernels.attention`` and after ``llmkernels.replace``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -90,10 +90,12 @@ class PositionalEncoding(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position gathers from itself and those before it, in several heads side by side."""
+    """Every position gathers from itself and those before it, in several heads side by side; by torch's
+    attention or any other of its signature."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
+        self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention
         self.heads, self.dropout = heads, dropout
         self.project_in = nn.Linear(width, 3 * width)
         self.project_out = nn.Linear(width, width)
@@ -103,7 +105,7 @@ class CausalSelfAttention(nn.Module):
         packed = self.project_in(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = packed.permute(2, 0, 3, 1, 4)  # each [batch, heads, length, head_dim]
         dropout = self.dropout if self.training else 0.0
-        gathered = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        gathered = self.attend(query, key, value, dropout_p=dropout, is_causal=True)
         return self.project_out(gathered.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -271,19 +273,27 @@ def build(text: Text, settings: Settings, device: torch.device) -> LanguageModel
     return LanguageModel(len(text.alphabet), settings).to(device)
 
 
+def use_our_attention(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention):
+            module.attend = llmkernels.attention
+
+
 def train_on_the_interpreter(text: Text, settings: Settings) -> None:
-    """A few small steps with every LayerNorm, forward and backward, computed by the Triton kernel on the
-    CPU."""
-    small = dataclasses.replace(settings, steps=5, batch=2, context=16, evaluate_every=5)
+    """A few small steps with every LayerNorm and every attention, forward and backward, computed by the
+    Triton kernels on the CPU; without dropout, of which torch and the kernels draw different masks."""
+    small = dataclasses.replace(settings, steps=5, batch=2, context=16, evaluate_every=5, dropout=0.0)
     device = torch.device("cpu")
     expected = train(build(text, small, device), text, small, device, "torch.nn, small")
     model = build(text, small, device)
     report = llmkernels.replace(model, backend="triton", verify=False)
     if report.skipped:
-        print(f"Not trained on the Triton kernel through its interpreter: {report.skipped[0].reason}")
+        print(f"Not trained on the Triton kernels through their interpreter: {report.skipped[0].reason}")
         return
-    actual = train(model, text, small, device, "Triton kernel, interpreted")
-    print("Loss of each step, torch.nn and the Triton kernel through its interpreter (small batches):")
+    use_our_attention(model)
+    with llmkernels.use_backend("triton"):
+        actual = train(model, text, small, device, "Triton kernels, interpreted")
+    print("Loss of each step, torch.nn and the Triton kernels through their interpreter (small batches):")
     for step, pair in enumerate(zip(expected.training, actual.training, strict=True), 1):
         print("{:>5}  {:.6f}  {:.6f}".format(step, *pair))
 
@@ -303,6 +313,7 @@ def run(
 
     model = build(text, settings, device)
     report = llmkernels.replace(model)
+    use_our_attention(model)
     histories["llmkernels"] = train(model, text, settings, device, "llmkernels")
     print(f"\n{report}\n")
 
@@ -316,7 +327,7 @@ def run(
     if device.type == "cuda":
         print(f"Speed-up of the whole training: {stock.seconds / ours.seconds:.2f} x\n")
     else:
-        print("(On a CPU both run torch's own operator, at its speed. The kernels themselves:)\n")
+        print("(On a CPU both run torch's own operators, at their speed. The kernels themselves:)\n")
         train_on_the_interpreter(text, settings)
 
     plot, checkpoint = output / "loss.png", output / "language_model.safetensors"

@@ -32,7 +32,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "llmkernels.ops.*.selfcheck": ("{op}.api", "{op}.call", "testing"),
     # The kernels are named to dispatch and loaded by it, so that a missing triton is a reason and not an
     # error.
-    "llmkernels.ops.*.api": ("{op}.reference", "{op}.call", "checks", "dispatch", "tracing"),
+    "llmkernels.ops.*.api": (
+        *("{op}.autograd", "{op}.call", "{op}.reference", "{op}.torch_backend"),
+        *("checks", "dispatch", "tracing"),
+    ),
+    "llmkernels.ops.*.autograd": ("{op}.call", "{op}.reference", "dispatch", "tracing"),
+    "llmkernels.ops.*.torch_backend": ("{op}.call", "{op}.reference"),
     "llmkernels.ops.*.reference": ("{op}.call", "dropout"),
     "llmkernels.ops.*.cuda_*": ("{op}.cuda_*", "{op}.call", "{op}.tiles", "checks", "dropout", "extension"),
     "llmkernels.ops.*.triton_*": (
@@ -52,11 +57,17 @@ EXTERNAL: dict[str, set[str]] = {
     "llmkernels.interpreter": {"numpy", "torch", "triton"},
     "llmkernels.ops.*.triton_*": {"torch", "triton"},
     "llmkernels.triton_support": {"torch", "triton"},
+    "llmkernels.replacement.transformers_attention": {"torch", "transformers"},
     "llmkernels.cli": set(),
     "llmkernels*": {"torch"},
 }
 
-PUBLIC_NAMES = {"add_layer_norm", "explain", "layer_norm", "nn", "replace", "rms_norm", "use_backend"}
+PUBLIC_NAMES = {
+    *("attention", "attention_decode", "attention_varlen"),
+    *("feed_forward", "linear_activation"),
+    *("add_layer_norm", "layer_norm", "rms_norm"),
+    *("explain", "nn", "replace", "use_backend"),
+}
 
 
 def modules() -> dict[str, Path]:

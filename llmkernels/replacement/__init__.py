@@ -2,5 +2,6 @@
 
 from .api import replace
 from .report import Report, Row
+from .transformers_attention import register_attention
 
-__all__ = ["Report", "Row", "replace"]
+__all__ = ["Report", "Row", "register_attention", "replace"]
