@@ -15,7 +15,7 @@ from llmkernels import dispatch, testing
 from llmkernels.ops.attention_decode import api
 from llmkernels.ops.attention_decode.call import DecodeCall
 
-from .measure import Record, copy_rate, peak_bytes, percentiles, seconds
+from .measure import Ceilings, Record, copy_rate, directions, measured
 
 Function = Callable[[dict[str, Tensor]], Tensor]
 
@@ -151,39 +151,18 @@ def run(
 ) -> list[Record]:
     """Every variant, shape and provider; a provider that does not match is recorded and not timed. rows of a
     record: sequences; columns: tokens of the cache."""
-    ceiling = copy_rate(device)
+    ceilings = Ceilings(copy_rate(device))
     records: list[Record] = []
     for variant in VARIANTS:
         functions = {k: f for k, f in providers(variant, device, dtype).items() if not only or k in only}
-        for batch, tokens in shapes:
-            tensors = variant.tensors(batch, tokens, dtype, device)
-            floor = variant.floor_bytes(tensors)
+        for sizes in shapes:
+            tensors = variant.tensors(*sizes, dtype, device)
             for name, function in functions.items():
-                matched, detail = _match(variant, function, dtype, device, tokens)
-
-                def step(function: Function = function, tensors: dict[str, Tensor] = tensors) -> object:
-                    with torch.no_grad():
-                        return function(tensors)
-
-                measured = seconds(step, device) if matched else [float("nan")] * 5
-                median, p20, p80 = percentiles(measured)
-                record = Record(
-                    "attention_decode",
-                    variant.name,
-                    "forward",
-                    name,
-                    batch,
-                    tokens,
-                    str(dtype).removeprefix("torch."),
-                    matched,
-                    detail,
-                    median,
-                    p20,
-                    p80,
-                    floor,
-                    floor / median / 1e9,
-                    floor / median / ceiling if ceiling else None,
-                    peak_bytes(step, device) if matched else None,
+                verdict = _match(variant, function, dtype, device, sizes[1])
+                step = directions(function, tensors)["forward"]
+                record = measured(
+                    *("attention_decode", variant.name, "forward", name, sizes, dtype, verdict),
+                    *(step, device, ceilings, variant.floor_bytes(tensors)),
                 )
                 records.append(record)
                 report(record)

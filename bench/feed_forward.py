@@ -15,7 +15,7 @@ from llmkernels import dispatch, testing
 from llmkernels.ops.feed_forward import api
 from llmkernels.ops.feed_forward.call import ACTIVATIONS, FeedForwardCall
 
-from .measure import Record, copy_rate, matmul_rate, peak_bytes, percentiles, seconds
+from .measure import Ceilings, Record, copy_rate, directions, matmul_rate, measured
 
 Function = Callable[[dict[str, Tensor]], Tensor]
 
@@ -187,63 +187,22 @@ def run(
 ) -> list[Record]:
     """Every variant, shape, provider and direction; a provider that does not match is recorded and not
     timed."""
-    copy_ceiling, matmul_ceiling = copy_rate(device), matmul_rate(device, dtype)
+    ceilings = Ceilings(copy_rate(device), matmul_rate(device, dtype))
     records: list[Record] = []
     for variant in VARIANTS:
         functions = {k: f for k, f in providers(variant, device, dtype).items() if not only or k in only}
-        for m, d in shapes if variant.every_shape else shapes[:1]:
-            tensors = variant.tensors(m, d, dtype, device)
+        for sizes in shapes if variant.every_shape else shapes[:1]:
+            tensors = variant.tensors(*sizes, dtype, device)
             for name, function in functions.items():
-                matched, detail = _match(variant, function, tensors)
-                for direction, timed in _directions(function, tensors).items():
-                    measured = seconds(timed, device, _REPEATS) if matched else [float("nan")] * 5
-                    median, p20, p80 = percentiles(measured)
+                verdict = _match(variant, function, tensors)
+                for direction, timed in directions(function, tensors).items():
                     floor_bytes = variant.floor_bytes(tensors, direction)
-                    floor_flops = variant.floor_flops(m, d, direction)
-                    record = Record(
-                        op="feed_forward",
-                        variant=variant.name,
-                        direction=direction,
-                        provider=name,
-                        rows=m,
-                        columns=d,
-                        dtype=str(dtype).removeprefix("torch."),
-                        match=matched,
-                        match_detail=detail,
-                        median_seconds=median,
-                        p20_seconds=p20,
-                        p80_seconds=p80,
-                        floor_bytes=floor_bytes,
-                        gigabytes_per_second=floor_bytes / median / 1e9,
-                        share_of_copy_rate=floor_bytes / median / copy_ceiling if copy_ceiling else None,
-                        peak_bytes=peak_bytes(timed, device) if matched else None,
-                        floor_flops=floor_flops,
-                        teraflops_per_second=floor_flops / median / 1e12,
-                        share_of_matmul_rate=floor_flops / median / matmul_ceiling
-                        if matmul_ceiling
-                        else None,
+                    floor_flops = variant.floor_flops(*sizes, direction)
+                    record = measured(
+                        *("feed_forward", variant.name, direction, name, sizes, dtype, verdict),
+                        *(timed, device, ceilings, floor_bytes, floor_flops, _REPEATS),
                     )
                     records.append(record)
                     report(record)
             del tensors
     return records
-
-
-def _directions(function: Function, tensors: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
-    """What is timed: the last two only of a function that has a gradient."""
-    leaves = list(tensors.values())
-    y = function(tensors)
-    gradient = torch.randn_like(y)
-
-    def forward() -> object:
-        with torch.no_grad():
-            return function(tensors)
-
-    def backward() -> object:
-        return torch.autograd.grad(y, leaves, gradient, retain_graph=True)
-
-    def both() -> object:
-        return torch.autograd.grad(function(tensors), leaves, gradient)
-
-    trained = {"backward": backward, "both": both} if y.requires_grad else {}
-    return {"forward": forward, **trained}

@@ -14,7 +14,7 @@ from llmkernels import dispatch, testing
 from llmkernels.ops.layer_norm import api
 from llmkernels.ops.layer_norm.call import NormCall
 
-from .measure import Record, copy_rate, peak_bytes, percentiles, seconds
+from .measure import Ceilings, Record, copy_rate, directions, measured
 
 Outputs = tuple[Tensor, ...]
 Function = Callable[[dict[str, Tensor]], Outputs]
@@ -154,57 +154,20 @@ def run(
 ) -> list[Record]:
     """Every variant, shape, provider and direction; a provider that does not match is recorded and not
     timed."""
-    ceiling = copy_rate(device)
+    ceilings = Ceilings(copy_rate(device))
     records: list[Record] = []
     for variant in VARIANTS:
         functions = {k: f for k, f in providers(variant, device, dtype).items() if not only or k in only}
-        for m, n in shapes:
-            tensors = variant.tensors(m, n, dtype, device)
+        for sizes in shapes:
+            tensors = variant.tensors(*sizes, dtype, device)
             for name, function in functions.items():
-                matched, detail = _match(variant, function, tensors)
-                times = _directions(function, tensors) if matched else {}
-                for direction in ("forward", "backward", "both"):
-                    floor = variant.floor_bytes(tensors, direction)
-                    measured = seconds(times[direction], device) if matched else [float("nan")] * 5
-                    median, p20, p80 = percentiles(measured)
-                    record = Record(
-                        "layer_norm",
-                        variant.name,
-                        direction,
-                        name,
-                        m,
-                        n,
-                        str(dtype).removeprefix("torch."),
-                        matched,
-                        detail,
-                        median,
-                        p20,
-                        p80,
-                        floor,
-                        floor / median / 1e9,
-                        floor / median / ceiling if ceiling else None,
-                        peak_bytes(times[direction], device) if matched else None,
+                verdict = _match(variant, function, tensors)
+                for direction, timed in directions(function, tensors).items():
+                    record = measured(
+                        *("layer_norm", variant.name, direction, name, sizes, dtype, verdict),
+                        *(timed, device, ceilings, variant.floor_bytes(tensors, direction)),
                     )
                     records.append(record)
                     report(record)
-                del times
             del tensors
     return records
-
-
-def _directions(function: Function, tensors: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
-    leaves = list(tensors.values())
-    outputs = function(tensors)
-    gradients = [torch.randn_like(y) for y in outputs]
-
-    def forward() -> object:
-        with torch.no_grad():
-            return function(tensors)
-
-    def backward() -> object:
-        return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
-
-    def both() -> object:
-        return torch.autograd.grad(function(tensors), leaves, gradients)
-
-    return {"forward": forward, "backward": backward, "both": both}

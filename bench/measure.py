@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 Run = Callable[[], object]
 
@@ -128,6 +129,82 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float | None:
     a, b = (torch.empty(size, size, dtype=dtype, device=device).normal_() for _ in range(2))
     median, _, _ = percentiles(seconds_on_gpu(lambda: a @ b, device, 20))
     return 2 * size**3 / median
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """The rates of this run that shares are of; None off the GPU."""
+
+    copy: float | None
+    matmul: float | None = None
+
+
+def directions(
+    function: Callable[[dict[str, Tensor]], Tensor | tuple[Tensor, ...]], tensors: dict[str, Tensor]
+) -> dict[str, Run]:
+    """What is timed of a function: forward and, of one that has a gradient, backward over one forward, and
+    both."""
+    leaves = list(tensors.values())
+    found = function(tensors)
+    outputs = found if isinstance(found, tuple) else (found,)
+    gradients = [torch.randn_like(y) for y in outputs]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return function(tensors)
+
+    def backward() -> object:
+        return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+    def both() -> object:
+        again = function(tensors)
+        return torch.autograd.grad(again if isinstance(again, tuple) else (again,), leaves, gradients)
+
+    trained = {"backward": backward, "both": both} if outputs[0].requires_grad else {}
+    return {"forward": forward, **trained}
+
+
+def measured(
+    op: str,
+    variant: str,
+    direction: str,
+    provider: str,
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    verdict: tuple[bool, str],
+    run: Run,
+    device: torch.device,
+    ceilings: Ceilings,
+    floor_bytes: int,
+    floor_flops: int | None = None,
+    repeats: int = 50,
+) -> Record:
+    """The record of ``run``, timed if its verdict is a match. sizes: rows and columns."""
+    match, detail = verdict
+    median, p20, p80 = percentiles(seconds(run, device, repeats) if match else [float("nan")] * 5)
+    return Record(
+        op=op,
+        variant=variant,
+        direction=direction,
+        provider=provider,
+        rows=sizes[0],
+        columns=sizes[1],
+        dtype=str(dtype).removeprefix("torch."),
+        match=match,
+        match_detail=detail,
+        median_seconds=median,
+        p20_seconds=p20,
+        p80_seconds=p80,
+        floor_bytes=floor_bytes,
+        gigabytes_per_second=floor_bytes / median / 1e9,
+        share_of_copy_rate=floor_bytes / median / ceilings.copy if ceilings.copy else None,
+        peak_bytes=peak_bytes(run, device) if match else None,
+        floor_flops=floor_flops,
+        teraflops_per_second=None if floor_flops is None else floor_flops / median / 1e12,
+        share_of_matmul_rate=floor_flops / median / ceilings.matmul
+        if floor_flops is not None and ceilings.matmul
+        else None,
+    )
 
 
 def _git(*arguments: str) -> str | None:
