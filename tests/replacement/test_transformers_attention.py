@@ -62,10 +62,12 @@ def test_models_agree_with_sdpa(make, padded: bool, preferred: str | None) -> No
     assert {call.backend for call in calls} == {"torch" if preferred is None else preferred}
     exact_model = copy.deepcopy(model).double()
     exact_model.set_attn_implementation("sdpa")
-    for i, (found, exact, right) in enumerate(zip(actual, run(exact_model, padded), expected, strict=True)):
-        # Sums in every layer, each of terms that cancel and were as large as the largest gradient.
-        magnitude = exact.abs().amax() * SMALL["hidden_size"] * SMALL["num_hidden_layers"]
-        testing.assert_within_budget(found, exact, right, name=str(i), magnitude=magnitude)
+    exacts = run(exact_model, padded)
+    typical = torch.stack([exact.abs().amax() for exact in exacts]).median()
+    for i, (found, exact, right) in enumerate(zip(actual, exacts, expected, strict=True)):
+        # Sums in every layer, of terms as large as the largest gradient; those of a key's bias cancel to 0.
+        size = torch.maximum(exact.abs().amax(), typical)
+        testing.assert_within_budget(found, exact, right, name=str(i), magnitude=size * SMALL["hidden_size"])
     model.set_attn_implementation("sdpa")
     assert all(map(torch.equal, run(model, padded), expected))
 
