@@ -11,7 +11,7 @@ PYTHON=${PYTHON:-python3}
 output=${1:-bench/results/$(date -u +%Y-%m-%d)}
 [ $# -eq 0 ] || shift
 sections=("$@")
-all=(build doctor test bench_layer_norm bench_attention bench_attention_decode bench_feed_forward overhead)
+all=(build doctor test_layer_norm test_attention test_attention_decode test_feed_forward bench_layer_norm bench_attention bench_attention_decode bench_feed_forward overhead)
 # Asked for by name alone: tune_attention tune_feed_forward, which print rows for the tile tables.
 [ ${#sections[@]} -gt 0 ] || sections=("${all[@]}")
 mkdir -p "$output"
@@ -19,8 +19,15 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 
 run_build() { "$PYTHON" -m llmkernels build; }
 run_doctor() { "$PYTHON" -m llmkernels doctor; }
-# The tests of GPU code alone: packaging, lint and examples need no GPU and run elsewhere.
-run_test() { timeout 580 "$PYTHON" -m pytest tests/ops tests/nn tests/test_dispatch.py -q -x -k "not tiles"; }
+# The tests of GPU code alone: packaging, lint and examples need no GPU and run elsewhere. Most of their time is Triton's
+# compiler, so side by side where pytest-xdist is there; with -x what is red shows early.
+processes=()
+! "$PYTHON" -c 'import xdist' 2>/dev/null || processes=(-n 8)
+test_files() { timeout 580 "$PYTHON" -m pytest -q -x "${processes[@]}" -k "not tiles" "$@"; }
+run_test_layer_norm() { test_files tests/ops/test_layer_norm*.py tests/nn tests/test_dispatch.py; }
+run_test_attention() { test_files tests/ops/test_attention.py tests/ops/test_attention_t*.py; }
+run_test_attention_decode() { test_files tests/ops/test_attention_decode*.py; }
+run_test_feed_forward() { test_files tests/ops/test_feed_forward*.py; }
 # One op in both kinds of arithmetic; the second runs even if a provider of the first does not match.
 bench_op() {
   local failed=0
