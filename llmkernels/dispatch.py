@@ -218,6 +218,20 @@ def choose(
     return _decide(call, modules, automatic, asked, _preferred).backend
 
 
+def _record(op: str, reason: str) -> None:
+    for recording in _recordings:
+        recording.append(Decision(op, "torch", reason, ()))
+
+
+_record._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def record_fallback(op: str, reason: str) -> None:
+    """Tells ``explain()`` that a layer computes a call by torch's functions, not by our ops, and why."""
+    if _recordings:
+        _record(op, reason)
+
+
 def leaves_to_torch(input: Tensor, asked: str | None) -> bool:
     """Whether ``choose`` is sure to answer "torch" and nobody is listening: the short cut that keeps a call
     on a CPU tensor as cheap as torch's own."""

@@ -98,6 +98,19 @@ def test_nested_recordings_each_see_their_calls() -> None:
     assert str(dispatch.Explanation()) == "no call was recorded"
 
 
+def test_a_layers_own_path_is_recorded() -> None:
+    dispatch.record_fallback("nn.Layer", "nobody listens")
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        dispatch.record_fallback("nn.Layer", "weights are asked for")
+        return x + 1
+
+    with llmkernels.explain() as calls:
+        compiled(X)
+    assert [str(call) for call in calls] == ["nn.Layer: torch (weights are asked for)"]
+
+
 def test_missing_module_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """A platform without triton: the import fails, and the failure is what explain() and errors say."""
     monkeypatch.setitem(sys.modules, "triton", None)
