@@ -205,7 +205,8 @@ def test_dead_rows(backend: str, device: torch.device, mask_dtype: torch.dtype, 
 def test_masked_slots_do_not_leak(
     own_backend: str, device: torch.device, kind: str, poison: float, dtype: torch.dtype
 ) -> None:
-    """Keys and values that a query can't see may hold anything; those that see them get what is in them."""
+    """Keys and values that a query can't see may hold anything; only the order of the sums may change, where
+    a kernel walks more carefully past what is not finite."""
     length, first_bad = 48, 41
     # Of the queries those that must not see the bad keys, which only some of the keys' tile are.
     lengths = (first_bad if kind in ("causal", "window") else length, length, length)
@@ -233,7 +234,7 @@ def test_masked_slots_do_not_leak(
         return [out, grads[0], *(g[:, :, :first_bad] for g in grads[1:])]
 
     for actual, expected in zip(run(poison), run(0.0), strict=True):
-        assert torch.equal(actual, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 def test_what_is_seen_is_not_hidden(own_backend: str, device: torch.device) -> None:
