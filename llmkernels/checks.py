@@ -4,6 +4,7 @@ raises."""
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -29,6 +30,19 @@ def check_floating(op: str, argument: str, value: Tensor) -> None:
     """RuntimeError unless ``value`` is real floating point, as torch's norms demand."""
     if not value.dtype.is_floating_point:
         fail(RuntimeError, op, argument, "a floating-point dtype", value.dtype)
+
+
+def check_size(op: str, argument: str, value: Any, least: int) -> Any:
+    """The value as an int (one being traced as it is). TypeError unless it is one, ValueError if below
+    ``least``."""
+    # type() first: torch.compile knows it of its symbolic ints, but not their attributes.
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            fail(TypeError, op, argument, "an int", type(value).__name__)
+        value = operator.index(value)
+    if value < least:
+        fail(ValueError, op, argument, f"at least {least}", value)
+    return value
 
 
 def check_device(op: str, argument: str, value: Tensor, like: Tensor) -> None:

@@ -24,6 +24,9 @@ ROUNDING_ULPS_MAX, ROUNDING_ULPS_RMS = 1.0, 0.5
 # float32 arithmetic (float64 for float64 tensors) before that rounding, in ulps of the largest intermediate
 # of the row.
 ARITHMETIC_ULPS = 8.0
+# Of random draws only means can be compared: how many standard errors apart those of two correct
+# implementations may be found. Of normal errors, two pairs in a billion are further apart.
+STANDARD_ERRORS = 6.0
 
 
 class Comparison(NamedTuple):

@@ -27,7 +27,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("replacement", "replacement.*", "nn", "nn.*", "ops.*.api"),
         *("checks", "dispatch", "extension", "interpreter", "testing"),
     ),
-    "llmkernels.nn*": ("nn", "nn.*", "ops.*.api", "checks", "dispatch"),
+    "llmkernels.nn*": ("nn", "nn.*", "ops.*.api", "checks", "dispatch", "tracing"),
     "llmkernels.ops": (),
     "llmkernels.ops.*.selfcheck": ("{op}.api", "{op}.call", "testing"),
     # The kernels are named to dispatch and loaded by it, so that a missing triton is a reason and not an

@@ -24,12 +24,13 @@ class LayerNorm(nn.LayerNorm):
     operator.
     """
 
-    # torch.jit.script reads this annotation of instances that set it, as an object: so no string of it.
+    # torch.jit.script reads this annotation of instances that set it, as an object: so no string of it. Nor
+    # does it know keyword-only arguments.
     backend: Optional[str] = None  # noqa: UP045
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, backend: Optional[str] = None) -> Tensor:  # noqa: UP045
+        """backend: what the layer around this one insists on; this instance's own comes first."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        return layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, backend=self.backend
-        )
+        backend = backend if self.backend is None else self.backend
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, backend=backend)
