@@ -1,128 +1,206 @@
-"""python -m bench: measure, print a table, write JSON, CSV and plots."""
+"""llmkernels bench: measures every op and model beside what would compute it otherwise.
+
+Prints a line a measurement and writes JSON, CSV and a plot. Results are held to float64 in the same run;
+what does not match gets no speed. bench/README.md says what the columns mean.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import dataclasses
-import json
-import math
-from collections.abc import Sequence
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 
-from . import attention, attention_decode, feed_forward, layer_norm
-from .measure import Record, environment
+from . import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    feed_forward,
+    layer_norm,
+    plots,
+    record,
+    screen,
+)
+from .case import Shape
+from .models import encoder_layer, language_model, sentence_encoder
+from .workload import Request, Workload
 
-OPS = {
-    "attention": attention,
-    "attention_decode": attention_decode,
-    "feed_forward": feed_forward,
-    "layer_norm": layer_norm,
+OPS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        *(attention.WORKLOAD, attention_varlen.WORKLOAD, attention_decode.WORKLOAD),
+        *(layer_norm.WORKLOAD, feed_forward.WORKLOAD),
+        *(encoder_layer.WORKLOAD, sentence_encoder.WORKLOAD),
+        *(language_model.TRAINING, language_model.GENERATION),
+    )
 }
 
 
-def _print_row(record: Record) -> None:
-    rate, share = f"{record.gigabytes_per_second:8.1f} GB/s", ""
-    if record.share_of_copy_rate is not None:
-        share = f"{record.share_of_copy_rate:6.2f} of copy"
-    if record.teraflops_per_second is not None:
-        rate = f"{record.teraflops_per_second:7.2f} TFLOP/s"
-        if record.share_of_matmul_rate is not None:
-            share = f"{record.share_of_matmul_rate:6.2f} of matmul"
-    time = "not timed" if math.isnan(record.median_seconds) else f"{record.median_seconds * 1e6:10.1f} us"
-    match = "match" if record.match else f"NO MATCH ({record.match_detail})"
-    print(
-        f"{record.variant:30} {record.direction:9} {record.rows:6}x{record.columns:<7} {record.provider:18} "
-        f"{time} {rate} {share} {match}",
-        flush=True,
+# Of one function: shapes of the check and of the timing, with and without gradients, by several compilers.
+_COMPILED_FORMS = 64
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return tuple(int(number) for number in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 8x2048, got {text!r}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    summary = (__doc__ or "").splitlines()[0].partition(": ")[2]
+    parser = argparse.ArgumentParser(prog="llmkernels bench", description=summary)
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all")
+    parser.add_argument(
+        "--op", choices=sorted(OPS), action="append", default=[], help="one more op; may be repeated"
     )
-
-
-def _plot(records: list[Record], path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    variants = sorted({record.variant for record in records})
-    unit = "TFLOP/s" if any(record.teraflops_per_second for record in records) else "GB/s"
-    directions = ("forward", "backward")
-    figure, grid = plt.subplots(
-        len(variants), len(directions), figsize=(11, 3.2 * len(variants)), squeeze=False, sharex=True
+    parser.add_argument(
+        "--shapes", nargs="+", type=_shape, metavar="AxB", help="instead of the grid of the op (--list)"
     )
-    for axes_row, variant in zip(grid, variants, strict=True):
-        for axes, direction in zip(axes_row, directions, strict=True):
-            for provider in sorted({record.provider for record in records}):
-                points = [
-                    (r.columns, r.teraflops_per_second or r.gigabytes_per_second)
-                    for r in records
-                    if (r.variant, r.direction, r.provider) == (variant, direction, provider) and r.match
-                ]
-                if points:
-                    axes.plot(*zip(*sorted(points), strict=True), marker="o", label=provider)
-            axes.set(
-                xscale="log",
-                title=f"{variant}, {direction}",
-                xlabel="columns",
-                ylabel=f"{unit} of the floor",
-            )
-            axes.grid(True, alpha=0.3)
-    grid[0][0].legend(fontsize=7)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    parser.add_argument(
+        *("--providers", "--provider"),
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="only these, patterns such as 'llmkernels*' among them; default: all that are installed",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--quick", action="store_true", help="small shapes; the default off the GPU")
+    parser.add_argument("--seconds", type=float, help="begin no case later than this, for each op")
+    parser.add_argument(
+        *("--save", "--output"),
+        type=Path,
+        default=Path("bench-results"),
+        metavar="DIR",
+        help="folder for JSON, CSV and PNG; default: bench-results",
+    )
+    parser.add_argument("--list", action="store_true", help="the grid: ops, variants, shapes, providers")
+    return parser
+
+
+def _grid() -> Iterator[str]:
+    for workload in OPS.values():
+        yield f"{workload.name}: {' x '.join(workload.sizes)}"
+        yield f"  shapes     {' '.join('x'.join(map(str, shape)) for shape in workload.shapes)}"
+        yield f"  variants   {'; '.join(variant.name for variant in workload.variants)}"
+        for provider in workload.providers:
+            reason = provider.missing()
+            yield f"  provider   {provider.name}{f': {reason}' if reason else ''}"
+
+
+@contextlib.contextmanager
+def _settings(device: torch.device) -> Iterator[None]:
+    """What torch has to be told for its compiled regions to be timed as they are: a backward that runs again
+    over one forward, and an error in place of silent eager execution. Its warnings say which kernels don't
+    serve a call, which the notes say too. On a CPU one thread: what calls cost is not a matter of how many
+    share their work. A process that is asked to end writes what it has first."""
+    functorch, dynamo = torch._functorch.config, torch._dynamo.config
+
+    def stop(*_: Any) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    with (
+        functorch.patch(donated_buffer=False),
+        dynamo.patch(recompile_limit=_COMPILED_FORMS, fail_on_recompile_limit_hit=True),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", UserWarning)
+        before, threads = signal.signal(signal.SIGTERM, stop), torch.get_num_threads()
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            torch.set_num_threads(threads)
+
+
+def _write(
+    stem: Path, workload: Workload, records: list[record.Record], environment: dict[str, object]
+) -> str:
+    record.save(stem, environment, records)
+    try:
+        plots.draw(stem.with_suffix(".png"), workload, records, environment)
+    except ModuleNotFoundError as error:
+        return f"wrote {stem}.json and .csv; the plot needs {error.name}: pip install 'llmkernels[bench]'"
+    return f"wrote {stem}.json, .csv and .png"
+
+
+def _measure(workload: Workload, request: Request, save: Path) -> list[record.Record]:
+    """Runs one workload and keeps whatever it found, even where it is stopped."""
+    shown = screen.new()
+    found: list[record.Record] = []
+
+    def report(one: record.Record) -> None:
+        found.append(one)
+        shown.write(screen.line(one))
+
+    request.report, request.advance = report, shown.advance
+    about = record.environment(request.device)
+    about["gpu_before"] = record.gpu_state(request.device)
+    shown.begin(workload.name, len(workload.cases(request)))
+    dtype = str(request.dtype).removeprefix("torch.")
+    shown.write(f"\n{workload.name} ({' x '.join(workload.sizes)}), {dtype}, {about['device']}")
+    shown.write(screen.header())
+    try:
+        workload.run(request)
+    finally:
+        shown.end()
+        about["gpu_after"] = record.gpu_state(request.device)
+        about["mode"] = request.mode
+        about["not_measured"] = request.notes
+        for subject, reason in request.notes.items():
+            print(f"not measured: {subject}: {reason}")
+        name = "-".join(str(about["device"]).split())
+        stem = save / f"{workload.name}-{dtype}-{name}"
+        print(_write(stem, workload, found, about), flush=True)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="llmkernels bench", description=__doc__)
-    parser.add_argument("--op", choices=sorted(OPS), action="append", help="default: all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--provider", action="append", default=[], help="only these; default: all that are here"
-    )
-    parser.add_argument("--quick", action="store_true", help="two small shapes; the default off the GPU")
-    parser.add_argument(
-        "--output", type=Path, default=Path("bench-results"), help="folder for JSON, CSV and PNG"
-    )
+    """0, or 1 where the result of a provider of this package does not match."""
+    parser = _parser()
     options = parser.parse_args(arguments)
+    unknown = [op for op in options.ops if op not in OPS]
+    if unknown:
+        parser.error(f"argument op: expected of {', '.join(OPS)}, got {unknown[0]!r}")
+    chosen = dict.fromkeys([*options.ops, *options.op]) or OPS
+    for op in chosen:
+        sizes = OPS[op].sizes
+        if options.shapes and any(len(shape) != len(sizes) for shape in options.shapes):
+            parser.error(f"argument --shapes: {op} takes {' x '.join(sizes)}")
+    if options.list:
+        print("\n".join(_grid()))
+        return 0
     device = torch.device(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)
-    found_environment = environment(device)
-    # Backward is timed many times over one forward, which a compiled region allows only without this.
-    torch._functorch.config.donated_buffer = False
-    unmatched = 0
-    for op in options.op or sorted(OPS):
-        module = OPS[op]
-        shapes = module.QUICK_SHAPES if options.quick or device.type != "cuda" else module.SHAPES
-        dtype = getattr(torch, options.dtype)
-        # A stream of our own, since the default one can't be captured into a CUDA graph.
-        with (
-            torch.cuda.stream(torch.cuda.Stream(device))
-            if device.type == "cuda"
-            else contextlib.nullcontext()
-        ):
-            records = module.run(device, dtype, shapes, tuple(options.provider), _print_row)
-        stem = options.output / f"{op}-{options.dtype}-{str(found_environment['device']).replace(' ', '-')}"
-        rows = [dataclasses.asdict(record) for record in records]
-        stem.with_suffix(".json").write_text(
-            json.dumps({"environment": found_environment, "records": rows}, indent=1) + "\n"
-        )
-        with stem.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=[field.name for field in dataclasses.fields(Record)])
-            writer.writeheader()
-            writer.writerows(rows)
-        try:
-            _plot(records, stem.with_suffix(".png"), f"{op}, {options.dtype}, {found_environment['device']}")
-            print(f"wrote {stem}.json, .csv and .png")
-        except ModuleNotFoundError as error:
-            print(f"wrote {stem}.json and .csv; the plot needs {error.name}: pip install 'llmkernels[bench]'")
-        unmatched += sum(not record.match for record in records)
-    return 1 if unmatched else 0
+    small = options.quick or device.type != "cuda"
+    options.save.mkdir(parents=True, exist_ok=True)
+    if device.type != "cuda":
+        print(screen.CPU_MODE)
+    failed = 0
+    with _settings(device):
+        for op in chosen:
+            request = Request(
+                device,
+                getattr(torch, options.dtype),
+                small,
+                options.shapes,
+                tuple(options.providers),
+                options.seconds,
+            )
+            found = _measure(OPS[op], request, options.save)
+            failed += sum(not one.match and one.provider.startswith("llmkernels") for one in found)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,239 +1,155 @@
-"""Clocks, ceilings and the record of one measurement."""
+"""Clocks: times of several runs in turn, the ceilings of a device, peak memory."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 Run = Callable[[], object]
 
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One provider on one shape: the shares are of the rates that the same run measured, None off the GPU. An
-    op bound by arithmetic has the last three, too."""
-
-    op: str
-    variant: str
-    direction: str  # forward, backward, both
-    provider: str
-    rows: int
-    columns: int
-    dtype: str
-    match: bool
-    match_detail: str
-    median_seconds: float
-    p20_seconds: float
-    p80_seconds: float
-    floor_bytes: int
-    gigabytes_per_second: float
-    share_of_copy_rate: float | None
-    peak_bytes: int | None
-    floor_flops: int | None = None
-    teraflops_per_second: float | None = None
-    share_of_matmul_rate: float | None = None
+# More than twice the L2 of any GPU so far (126 MB on a B200): writing it turns every cached input out.
+_FLUSH_BYTES = 256 << 20
+_WARM_UPS = 3
+_MATMUL_SIZE = 8192
+_COPY_BYTES = 2 << 30
 
 
-def _flush_buffer(device: torch.device) -> torch.Tensor:
-    """Twice the L2 of any GPU so far: writing it turns every cached input out."""
-    return torch.empty(256 << 20, dtype=torch.int8, device=device)
+class Times(NamedTuple):
+    """seconds: one a repetition; clock: "cuda graph" (replays), "launches" (of what can't be captured) or
+    "host" (a CPU's clock around the call)."""
 
+    seconds: list[float]
+    clock: str
 
-def seconds_on_gpu(run: Run, device: torch.device, repeats: int = 50) -> list[float]:
-    """One time per replay of ``run`` as a CUDA graph, L2 cold, so that neither the host nor the cache is
-    measured.
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
-    Call it under a stream that is not the default one, and make the autograd graph of a backward under it
-    too: a capture takes one stream. Falls back to plain launches where ``run`` can't be captured.
-    """
-    flush = _flush_buffer(device)
-    for _ in range(3):
-        run()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
-            run()
-        replay: Run = graph.replay
-    except RuntimeError:
-        torch.cuda.synchronize(device)
-        replay = run
-    events = []
-    for _ in range(repeats + 3):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) / 1e3 for start, end in events[3:]]
+    @property
+    def p20(self) -> float:
+        return statistics.quantiles(self.seconds, n=5)[0]
 
-
-def seconds_on_cpu(run: Run, repeats: int = 20) -> list[float]:
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return times[2:]
-
-
-def seconds(run: Run, device: torch.device, repeats: int = 50) -> list[float]:
-    return seconds_on_gpu(run, device, repeats) if device.type == "cuda" else seconds_on_cpu(run)
-
-
-def percentiles(times: list[float]) -> tuple[float, float, float]:
-    """The 50th, 20th and 80th."""
-    fifths = statistics.quantiles(times, n=5)
-    return statistics.median(times), fifths[0], fifths[3]
-
-
-def peak_bytes(run: Run, device: torch.device) -> int | None:
-    """Bytes that ``run`` allocates at its peak beyond what was held before it."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def copy_rate(device: torch.device) -> float | None:
-    """Bytes per second, read and written, of a 2 GiB device-to-device copy of random data: the ceiling of
-    every memory-bound op, measured in the same run. None off the GPU."""
-    if device.type != "cuda":
-        return None
-    source = torch.empty(1 << 29, dtype=torch.float32, device=device).normal_()
-    target = torch.empty_like(source)
-    median, _, _ = percentiles(seconds_on_gpu(lambda: target.copy_(source), device, 20))
-    return 2 * source.nbytes / median
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Floating-point operations per second of torch's product of two random 8192 x 8192 matrices: the
-    ceiling of every op bound by arithmetic, measured in the same run. None off the GPU."""
-    if device.type != "cuda":
-        return None
-    size = 8192
-    a, b = (torch.empty(size, size, dtype=dtype, device=device).normal_() for _ in range(2))
-    median, _, _ = percentiles(seconds_on_gpu(lambda: a @ b, device, 20))
-    return 2 * size**3 / median
+    @property
+    def p80(self) -> float:
+        return statistics.quantiles(self.seconds, n=5)[3]
 
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """The rates of this run that shares are of; None off the GPU."""
+    """What shares are of, measured in the same run; None off the GPU. copy: bytes read and written a second;
+    matmul: floating-point operations a second."""
 
-    copy: float | None
+    copy: float | None = None
     matmul: float | None = None
 
 
-def directions(
-    function: Callable[[dict[str, Tensor]], Tensor | tuple[Tensor, ...]], tensors: dict[str, Tensor]
-) -> dict[str, Run]:
-    """What is timed of a function: forward and, of one that has a gradient, backward over one forward, and
-    both."""
-    leaves = list(tensors.values())
-    found = function(tensors)
-    outputs = found if isinstance(found, tuple) else (found,)
-    gradients = [torch.randn_like(y) for y in outputs]
-
-    def forward() -> object:
-        with torch.no_grad():
-            return function(tensors)
-
-    def backward() -> object:
-        return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
-
-    def both() -> object:
-        again = function(tensors)
-        return torch.autograd.grad(again if isinstance(again, tuple) else (again,), leaves, gradients)
-
-    trained = {"backward": backward, "both": both} if outputs[0].requires_grad else {}
-    return {"forward": forward, **trained}
-
-
-def measured(
-    op: str,
-    variant: str,
-    direction: str,
-    provider: str,
-    sizes: tuple[int, int],
-    dtype: torch.dtype,
-    verdict: tuple[bool, str],
-    run: Run,
-    device: torch.device,
-    ceilings: Ceilings,
-    floor_bytes: int,
-    floor_flops: int | None = None,
-    repeats: int = 50,
-) -> Record:
-    """The record of ``run``, timed if its verdict is a match. sizes: rows and columns."""
-    match, detail = verdict
-    median, p20, p80 = percentiles(seconds(run, device, repeats) if match else [float("nan")] * 5)
-    return Record(
-        op=op,
-        variant=variant,
-        direction=direction,
-        provider=provider,
-        rows=sizes[0],
-        columns=sizes[1],
-        dtype=str(dtype).removeprefix("torch."),
-        match=match,
-        match_detail=detail,
-        median_seconds=median,
-        p20_seconds=p20,
-        p80_seconds=p80,
-        floor_bytes=floor_bytes,
-        gigabytes_per_second=floor_bytes / median / 1e9,
-        share_of_copy_rate=floor_bytes / median / ceilings.copy if ceilings.copy else None,
-        peak_bytes=peak_bytes(run, device) if match else None,
-        floor_flops=floor_flops,
-        teraflops_per_second=None if floor_flops is None else floor_flops / median / 1e12,
-        share_of_matmul_rate=floor_flops / median / ceilings.matmul
-        if floor_flops is not None and ceilings.matmul
-        else None,
-    )
-
-
-def _git(*arguments: str) -> str | None:
+def _captured(run: Run, pool: object) -> tuple[Run, str]:
+    """A replay of ``run`` as a CUDA graph, so that the host is not measured, or ``run`` itself where it can't
+    be captured. Nobody reads what a replay leaves behind, so that all graphs share one pool of memory."""
+    for _ in range(_WARM_UPS):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
     try:
-        found = subprocess.run(
-            ("git", *arguments), cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        run()  # raises again what is no matter of the capture, too little memory say
+        torch.cuda.synchronize()
+        return run, "launches"
+    return graph.replay, "cuda graph"
+
+
+def _in_turn(names: list[str], round_: int) -> list[str]:
+    """A different first one each round: no run is always the one after the same other."""
+    start = round_ % len(names)
+    return names[start:] + names[:start]
+
+
+def _on_gpu(runs: Mapping[str, Run], repeats: int) -> dict[str, Times | Exception]:
+    """Call it under a stream that is not the default one, and make the autograd graph of a backward under it
+    too: a capture takes one stream."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    pool = torch.cuda.graph_pool_handle()
+    replays: dict[str, tuple[Run, str]] = {}
+    found: dict[str, Times | Exception] = {}
+    for name, run in runs.items():
+        try:
+            replays[name] = _captured(run, pool)
+        except Exception as error:  # no memory, no kernel: the others are measured all the same
+            found[name] = error
+            torch.cuda.empty_cache()
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in replays}
+    for round_ in range(repeats + _WARM_UPS if replays else 0):
+        for name in _in_turn(list(replays), round_):
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replays[name][0]()
+            end.record()
+            events[name].append((start, end))
+        torch.cuda.synchronize()
+    for name, pairs in events.items():
+        seconds = [start.elapsed_time(end) / 1e3 for start, end in pairs[_WARM_UPS:]]
+        found[name] = Times(seconds, replays[name][1])
+    return found
+
+
+def _on_cpu(runs: Mapping[str, Run], repeats: int) -> dict[str, Times | Exception]:
+    found: dict[str, Times | Exception] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(repeats + _WARM_UPS if runs else 0):
+        for name in _in_turn(list(runs), round_):
+            if name in found:
+                continue
+            start = time.perf_counter()
+            try:
+                runs[name]()
+            except Exception as error:
+                found[name] = error
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Times(seconds[name][_WARM_UPS:], "host") for name in runs} | found
+
+
+def interleaved(runs: Mapping[str, Run], device: torch.device, repeats: int) -> dict[str, Times | Exception]:
+    """The times of each run, or what stopped it. In every round each run has its turn, with a cold L2, so
+    that a drift of clocks or temperature hits all alike."""
+    return _on_gpu(runs, repeats) if device.type == "cuda" else _on_cpu(runs, repeats)
+
+
+def median(run: Run, device: torch.device, repeats: int) -> float:
+    """Of one run alone; raises what stopped it."""
+    (found,) = interleaved({"": run}, device, repeats).values()
+    if isinstance(found, Exception):
+        raise found
+    return found.median
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """Bytes that ``run`` allocates at its peak beyond what was held before it; None off the GPU."""
+    if device.type != "cuda":
         return None
-    return found.stdout.strip()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
-def environment(device: torch.device) -> dict[str, object]:
-    """What a figure means nothing without: commit, device, versions, date."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton_version,
-        "python": platform.python_version(),
-    }
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """A device-to-device copy of 2 GiB and torch's product of two 8192 x 8192 matrices, both of random
+    values."""
+    if device.type != "cuda":
+        return Ceilings()
+    source = torch.empty(_COPY_BYTES // 4, device=device).normal_()
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / median(lambda: target.copy_(source), device, 20)
+    a, b = (torch.empty(_MATMUL_SIZE, _MATMUL_SIZE, dtype=dtype, device=device).normal_() for _ in range(2))
+    return Ceilings(copy, 2 * _MATMUL_SIZE**3 / median(lambda: a @ b, device, 20))

@@ -1,0 +1,1 @@
+"""Whole layers and models, from torch.nn's constructors or from ours."""
