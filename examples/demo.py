@@ -1,8 +1,8 @@
-"""The main job: a pretrained encoder on these kernels, then a language model trained on them.
+"""The main job: a pretrained encoder on these kernels, a classifier made of it, and a language model.
 
-``python -m examples.demo`` runs examples/encoder.py and examples/language_model.py, each of which runs alone,
-too. Without a GPU every kernel is shown on the CPU: Triton's through its interpreter, CUDA C++'s through the
-emulator if a C++ compiler can build it.
+``python -m examples.demo`` runs examples/encoder.py, examples/classification.py and
+examples/language_model.py, each of which runs alone, too. Without a GPU every kernel is shown on the CPU:
+Triton's through its interpreter, CUDA C++'s through the emulator if a C++ compiler can build it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import encoder, language_model
+from . import classification, encoder, language_model
 
 
 def offer_cuda_kernels() -> None:
@@ -38,16 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--steps", default=str(language_model.Settings.steps), help="training steps of the language model"
     )
     parser.add_argument(
-        "--seed", default=str(language_model.Settings.seed), help="of its initial values, batches and dropout"
+        "--seed", default=str(language_model.Settings.seed), help="of initial values, batches and dropout"
     )
     parser.add_argument("--output", default=Path("runs"), type=Path, help="folder of its plot and checkpoint")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=" ")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"
+    )
     options = parser.parse_args(arguments)
 
     offer_cuda_kernels()
     _title("1. A pretrained sentence encoder, its layers replaced and verified")
     encoder.main(["--device", options.device])
-    _title("2. A Transformer language model, trained on Shakespeare with torch.nn and with llmkernels")
+    _title("2. A classifier, fine-tuned from that encoder with transformers' layers and with llmkernels'")
+    classification.main(["--seed", options.seed, "--device", options.device])
+    _title("3. A Transformer language model, trained on Shakespeare with torch.nn and with llmkernels")
     language_model.main(
         [
             "--steps",

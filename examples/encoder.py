@@ -7,9 +7,9 @@ to llmkernels, and embeds them again."""
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llmkernels
-from llmkernels.replacement import register_attention
 
 SENTENCES = (
     "A man is playing a guitar on the street.",
     "Someone makes music outdoors.",
     "The stock market fell sharply on Monday.",
-    "Shares lost much of their value at the start of the week.",
-    "To be, or not to be, that is the question.",
+    "Shares lost much of their value this week.",
+    "A horse! My kingdom for a horse!",
 )
 
 
@@ -41,23 +40,18 @@ def load(device: torch.device) -> tuple[Any, Any]:
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).to(device).eval()
 
 
+def mean_of_tokens(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """The mean of the hidden states [sentences, tokens, width] of each sentence's tokens, padding left
+    out."""
+    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+
+
 @torch.no_grad()
 def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """[sentences, 384] of unit length: the mean of the tokens' hidden states, as the model was trained."""
     hidden = model(**batch).last_hidden_state
-    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-    return F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=1)
-
-
-@contextlib.contextmanager
-def _our_attention(model: Any) -> Iterator[None]:
-    """The model's attention by llmkernels.attention, inside the block."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(register_attention())
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return F.normalize(mean_of_tokens(hidden, batch["attention_mask"]), dim=1)
 
 
 def run(sentences: Sequence[str], device: torch.device) -> float:
@@ -68,25 +62,20 @@ def run(sentences: Sequence[str], device: torch.device) -> float:
 
     original = embed(model, batch)
     embeddings = {"torch.nn": original}
-    with (
-        llmkernels.replace(model, sample_inputs=batch) as report,
-        _our_attention(model),
-        llmkernels.explain() as calls,
-    ):
-        embeddings["llmkernels"] = embed(model, batch)
-    print(report)
-    attention = [str(call) for call in calls if call.op == "attention"]
-    print(f"{len(attention)} calls of attention, by transformers' interface. The first: {attention[0]}")
-
-    # The choice above is the fastest one for the device; here each kernel does the whole model's work once.
-    # (Where a backend has no kernel of an op, torch's own serves it.)
-    for backend in ("triton", "cuda"):
-        with llmkernels.replace(model, backend=backend, verify=False) as forced, _our_attention(model):
-            if forced.skipped:
-                continue
-            with llmkernels.use_backend(backend):
+    with llmkernels.replace(model, sample_inputs=batch) as report:
+        print(f"{report}\n\nOne pass by the fastest choice for this device, then by each kernel in turn")
+        for backend in (None, "triton", "cuda"):
+            # What a backend has no kernel of goes to torch.
+            with llmkernels.use_backend(backend), llmkernels.explain() as calls:
                 vectors = embed(model, batch)
-            embeddings[backend if device.type == "cuda" else f"{backend}*"] = vectors
+            if backend is not None and all(call.backend != backend for call in calls):
+                continue
+            name = backend or "llmkernels"
+            if backend is not None and device.type != "cuda":
+                name += "*"
+            embeddings[name] = vectors
+            counts = Counter(f"{call.op} on {call.backend}" for call in calls)
+            print(f"{name:>10}  " + ", ".join(f"{count} x {call}" for call, count in counts.items()))
 
     largest = _print_similarities(sentences, embeddings)
     restored = torch.equal(embed(model, batch), original)
@@ -112,11 +101,13 @@ def _print_similarities(sentences: Sequence[str], embeddings: dict[str, Tensor])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "sentences", nargs="*", default=SENTENCES, help="the sentences to compare, two or more"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"
+    )
     options = parser.parse_args(arguments)
     if len(options.sentences) < 2:
         parser.error("two sentences or more are needed to compare them")

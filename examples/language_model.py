@@ -3,7 +3,8 @@
 ``python -m examples.language_model`` predicts the characters of Shakespeare's plays one by one. Read the file
 from top to bottom: the data, the model of Vaswani et al. (Attention Is All You Need, arXiv 1706.03762) as a
 decoder, its training, and what is made of it. The same model is trained twice from one seed on the same
-batches, the second time with ``llmkernels.attention`` and after ``llmkernels.replace``.
+batches: of the layers of torch.nn, and of those of llmkernels.nn, which have the same names, arguments and
+parameters. Only the latter have a cache of keys and values, by which the trained model then writes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,21 +30,25 @@ import llmkernels
 TEXT = Path(__file__).parent / "data" / "shakespeare.txt"
 
 
+def _setting(default: Any, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything that decides what comes out."""
 
-    steps: int = 400
-    batch: int = 16
-    context: int = 64
-    width: int = 128
-    heads: int = 4
-    layers: int = 3
-    dropout: float = 0.1
-    learning_rate: float = 4e-3
-    warmup: int = 100
-    evaluate_every: int = 50
-    seed: int = 1
+    steps: int = _setting(300, "training steps")
+    batch: int = _setting(16, "stretches of text in each step")
+    context: int = _setting(64, "characters in a stretch, the most that the model looks back")
+    width: int = _setting(128, "size of the vector of each position")
+    heads: int = _setting(4, "attention heads of each layer")
+    layers: int = _setting(3, "layers")
+    dropout: float = _setting(0.1, "share of values set to 0 in training")
+    learning_rate: float = _setting(4e-3, "the highest, reached after the warm-up")
+    warmup: int = _setting(60, "steps in which the learning rate rises")
+    evaluate_every: int = _setting(50, "steps between two looks at the held-out text")
+    seed: int = _setting(1, "of initial values, batches, dropout and the text written")
 
 
 # ------------ data ------------
@@ -74,76 +82,39 @@ def draw_batch(numbers: Tensor, settings: Settings, generator: torch.Generator) 
 # ------------ model ------------
 
 
-class PositionalEncoding(nn.Module):
-    """Adds sines and cosines of geometrically spaced wavelengths, from which relative positions can be read
-    off."""
-
-    def __init__(self, width: int, longest: int) -> None:
-        super().__init__()
-        position = torch.arange(longest).unsqueeze(1)
-        frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
-        table = torch.stack((torch.sin(position * frequency), torch.cos(position * frequency)), dim=-1)
-        self.register_buffer("table", table.flatten(1), persistent=False)  # [longest, width]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.table[: x.shape[1]]
-
-
-class CausalSelfAttention(nn.Module):
-    """Every position gathers from itself and those before it, in several heads side by side; by torch's
-    attention or any other of its signature."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention
-        self.heads, self.dropout = heads, dropout
-        self.project_in = nn.Linear(width, 3 * width)
-        self.project_out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        packed = self.project_in(x).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = packed.permute(2, 0, 3, 1, 4)  # each [batch, heads, length, head_dim]
-        dropout = self.dropout if self.training else 0.0
-        gathered = self.attend(query, key, value, dropout_p=dropout, is_causal=True)
-        return self.project_out(gathered.transpose(1, 2).reshape(batch, length, width))
-
-
-class Block(nn.Module):
-    """Attention between positions, then a feed-forward network at each; both normalised first and added
-    on."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = CausalSelfAttention(width, heads, dropout)
-        self.norm2 = nn.LayerNorm(width)
-        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.feed_forward(self.norm2(x)))
-
-
 class LanguageModel(nn.Module):
-    """Character numbers [batch, length] -> the logits of the next character [batch, length, alphabet]."""
+    """Character numbers [batch, length] -> the logits of the next character [batch, length, alphabet].
 
-    def __init__(self, alphabet: int, settings: Settings) -> None:
+    A stack of Transformer layers: in each, every position gathers from itself and those before it
+    (attention), then goes through a feed-forward network of its own; both are normalised first and added on.
+    layers: the package that the layers come from, llmkernels.nn or torch.nn.
+    """
+
+    def __init__(self, alphabet: int, settings: Settings, layers: ModuleType = llmkernels.nn) -> None:
         super().__init__()
-        width = settings.width
+        width, dropout = settings.width, settings.dropout
         self.embedding = nn.Embedding(alphabet, width)
-        self.position = PositionalEncoding(width, settings.context)
-        self.dropout = nn.Dropout(settings.dropout)
-        self.blocks = nn.Sequential(
-            *(Block(width, settings.heads, settings.dropout) for _ in range(settings.layers))
+        # Attention sees no order: each position adds a vector of its own. torch.nn has no such layer.
+        self.position = llmkernels.nn.PositionalEncoding(width, dropout, settings.context, batch_first=True)
+        layer = layers.TransformerEncoderLayer(
+            width, settings.heads, 4 * width, dropout, activation="relu", batch_first=True, norm_first=True
         )
-        self.norm = nn.LayerNorm(width)
+        self.layers = layers.TransformerEncoder(
+            layer, settings.layers, norm=layers.LayerNorm(width), enable_nested_tensor=False
+        )
         self.to_logits = nn.Linear(width, alphabet)
+        future = nn.Transformer.generate_square_subsequent_mask(settings.context)
+        self.register_buffer("future", future, persistent=False)
 
-    def forward(self, numbers: Tensor) -> Tensor:
-        x = self.dropout(self.position(self.embedding(numbers)))
-        return self.to_logits(self.norm(self.blocks(x)))
+    def forward(self, numbers: Tensor, caches: Sequence[llmkernels.nn.KVCache] | None = None) -> Tensor:
+        """caches: one for each layer, of what was read before; the numbers go on from there."""
+        x = self.embedding(numbers)
+        if caches is not None:
+            x = self.layers(self.position(x, caches[0].lengths), cache=caches)
+        else:
+            length = numbers.shape[1]
+            x = self.layers(self.position(x), mask=self.future[:length, :length], is_causal=True)
+        return self.to_logits(x)
 
 
 # ------------ training ------------
@@ -218,15 +189,30 @@ def generate(
     settings: Settings,
     device: torch.device,
 ) -> str:
-    """``length`` characters after the prompt, each drawn from softmax(logits / temperature)."""
+    """``length`` characters after the prompt, each drawn from softmax(logits / temperature).
+
+    Each layer keeps the keys and values of all it has read, so that a step computes one character alone.
+    There are positions for ``context`` characters: when they are used up, the later half of the context is
+    read again as the beginning of a new one.
+    """
     model.eval()
     generator = torch.Generator().manual_seed(settings.seed)
-    numbers = text.encode(prompt).unsqueeze(0)
+    head_dim = settings.width // settings.heads
+    caches = [
+        llmkernels.nn.KVCache(1, settings.context, settings.heads, head_dim, device=device)
+        for _ in range(settings.layers)
+    ]
+    numbers = text.encode(prompt)
+    unread = numbers[-settings.context :]
     for _ in range(length):
-        logits = model(numbers[:, -settings.context :].to(device))[:, -1].float().cpu()
-        probabilities = F.softmax(logits / temperature, dim=-1)
-        numbers = torch.cat((numbers, torch.multinomial(probabilities, 1, generator=generator)), dim=1)
-    return text.decode(numbers[0])
+        if caches[0].longest + len(unread) > settings.context:
+            for cache in caches:
+                cache.reset()
+            unread = numbers[-settings.context // 2 :]
+        logits = model(unread.unsqueeze(0).to(device), caches)[0, -1].float().cpu()
+        unread = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+        numbers = torch.cat((numbers, unread))
+    return text.decode(numbers)
 
 
 def save_plot(histories: dict[str, History], path: Path) -> None:
@@ -262,37 +248,39 @@ def save_checkpoint(model: nn.Module, text: Text, settings: Settings, path: Path
     save_file(tensors, path, metadata)
 
 
-def largest_difference(first: History, second: History) -> float:
-    pairs = zip(first.training, second.training, strict=True)
+def largest_difference(first: History, second: History, steps: int | None = None) -> float:
+    """Of the training losses, in the first ``steps`` or all."""
+    pairs = zip(first.training[:steps], second.training[:steps], strict=True)
     return max(abs(a - b) for a, b in pairs)
 
 
-def build(text: Text, settings: Settings, device: torch.device) -> LanguageModel:
-    """The same initial values for the same seed."""
+def build(text: Text, settings: Settings, device: torch.device, layers: ModuleType) -> LanguageModel:
+    """The same initial values for the same seed, whichever package the layers come from."""
     torch.manual_seed(settings.seed)
-    return LanguageModel(len(text.alphabet), settings).to(device)
+    return LanguageModel(len(text.alphabet), settings, layers).to(device)
 
 
-def use_our_attention(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, CausalSelfAttention):
-            module.attend = llmkernels.attention
+def describe(calls: Sequence[Any]) -> str:
+    """How often each operation ran, and on which backend."""
+    counts = Counter(f"{call.op} on {call.backend}" for call in calls)
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 
 def train_on_the_interpreter(text: Text, settings: Settings) -> None:
-    """A few small steps with every LayerNorm and every attention, forward and backward, computed by the
-    Triton kernels on the CPU; without dropout, of which torch and the kernels draw different masks."""
-    small = dataclasses.replace(settings, steps=5, batch=2, context=16, evaluate_every=5, dropout=0.0)
+    """A few small steps of one layer, forward and backward, computed by the Triton kernels on the CPU;
+    without dropout, of which torch and the kernels draw different masks."""
+    small = dataclasses.replace(
+        settings, steps=5, batch=2, context=16, layers=1, evaluate_every=5, dropout=0.0
+    )
     device = torch.device("cpu")
-    expected = train(build(text, small, device), text, small, device, "torch.nn, small")
-    model = build(text, small, device)
-    report = llmkernels.replace(model, backend="triton", verify=False)
-    if report.skipped:
-        print(f"Not trained on the Triton kernels through their interpreter: {report.skipped[0].reason}")
-        return
-    use_our_attention(model)
-    with llmkernels.use_backend("triton"):
+    expected = train(build(text, small, device, nn), text, small, device, "torch.nn, small")
+    model = build(text, small, device, llmkernels.nn)
+    with llmkernels.use_backend("triton"), llmkernels.explain() as calls:
         actual = train(model, text, small, device, "Triton kernels, interpreted")
+    missing = [call for call in calls if call.backend != "triton"]
+    if missing:
+        print(f"The Triton kernels can't be interpreted here:\n{missing[0]}")
+        return
     print("Loss of each step, torch.nn and the Triton kernels through their interpreter (small batches):")
     for step, pair in enumerate(zip(expected.training, actual.training, strict=True), 1):
         print("{:>5}  {:.6f}  {:.6f}".format(step, *pair))
@@ -305,25 +293,30 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     text = Text(TEXT.read_text(encoding="ascii"))
     histories = {}
+    for name, layers in (("torch.nn", nn), ("llmkernels.nn", llmkernels.nn)):
+        model = build(text, settings, device, layers)
+        if not histories:
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            print(f"{parameters:,} parameters, {len(text.alphabet)} characters, on {device}\n")
+        histories[name] = train(model, text, settings, device, name)
 
-    model = build(text, settings, device)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters:,} parameters, {len(text.alphabet)} characters, {settings.steps} steps on {device}\n")
-    histories["torch.nn"] = train(model, text, settings, device, "torch.nn")
-
-    model = build(text, settings, device)
-    report = llmkernels.replace(model)
-    use_our_attention(model)
-    histories["llmkernels"] = train(model, text, settings, device, "llmkernels")
-    print(f"\n{report}\n")
-
-    print(f"{'':12}{'training loss':>15}{'validation loss':>17}{'seconds':>10}")
+    print(f"\n{'':14}{'training loss':>15}{'validation loss':>17}{'seconds':>10}")
     for name, history in histories.items():
         print(
-            f"{name:12}{history.training[-1]:15.5f}{history.validation[-1][1]:17.5f}{history.seconds:10.1f}"
+            f"{name:14}{history.training[-1]:15.5f}{history.validation[-1][1]:17.5f}{history.seconds:10.1f}"
         )
     stock, ours = histories.values()
-    print(f"Largest difference of a step's training loss: {largest_difference(stock, ours):.1e}")
+    early = max(settings.steps // 10, 1)
+    print(
+        f"Largest difference of the training losses: {largest_difference(stock, ours, early):.1e} in the "
+        f"first {early} steps, {largest_difference(stock, ours):.1e} in all\n"
+        "(rounding: some sums are taken in another order, and training enlarges what differs)"
+    )
+    with llmkernels.explain() as calls:
+        loss_of(
+            model, *(tensor.to(device) for tensor in draw_batch(text.training, settings, torch.Generator()))
+        )
+    print(f"One forward pass of llmkernels.nn: {describe(calls)}")
     if device.type == "cuda":
         print(f"Speed-up of the whole training: {stock.seconds / ours.seconds:.2f} x\n")
     else:
@@ -333,7 +326,12 @@ def run(
     plot, checkpoint = output / "loss.png", output / "language_model.safetensors"
     save_plot(histories, plot)
     save_checkpoint(model, text, settings, checkpoint)
-    print(f"\n{generate(model, text, prompt, length, temperature, settings, device)}\n")
+    start = time.perf_counter()
+    written = generate(model, text, prompt, length, temperature, settings, device)
+    seconds = time.perf_counter() - start
+    print(
+        f"\n{written}\n\n{length} characters written with a cache of keys and values in {seconds:.1f} seconds"
+    )
     print(f"Loss plot: {plot}\nCheckpoint: {checkpoint}")
 
 
@@ -343,8 +341,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for field in dataclasses.fields(Settings):
         option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=type(field.default), default=field.default, help=" ")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=" ")
+        parser.add_argument(option, type=type(field.default), default=field.default, **field.metadata)
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("runs"), help="folder of the plot and the checkpoint"
     )
