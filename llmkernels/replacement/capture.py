@@ -8,23 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .adapters import Inputs
 from .sites import Site
 
 
 def capture(model: nn.Module, sites: Sequence[Site], sample_inputs: Any) -> dict[int, Inputs]:
-    """id(module) -> the inputs of its first call, for the sites that ``model(sample_inputs)`` calls.
+    """id(module) -> the inputs of its first call, for the sites that ``model(sample_inputs)`` calls with
+    something that can be copied.
 
     sample_inputs: a mapping is spread as keyword arguments, a tuple or list as positional ones; anything else
     is the one argument.
     """
     captured: dict[int, Inputs] = {}
+    adapters = {id(site.module): site.adapter for site in sites}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) not in captured:
-            captured[id(module)] = Inputs(*pytree.tree_map_only(Tensor, _snapshot, (args, kwargs)))
+            inputs = adapters[id(module)].captured(module, Inputs(args, kwargs))
+            with contextlib.suppress(TypeError, RuntimeError):
+                captured[id(module)] = inputs.map(_snapshot)
 
     with _unchanged(model), torch.no_grad(), contextlib.ExitStack() as hooks:
         for site in sites:

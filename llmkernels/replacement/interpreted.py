@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..dispatch import explain, use_backend
 from .adapters import Adapter
-from .verification import INTERPRETED_ROWS, Check, check, serving
+from .verification import INTERPRETED_ROWS, Check, check, summary
 
 _TIMEOUT_SECONDS = 600
 
@@ -34,12 +35,12 @@ class Job(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one kernel did with one job: exactly one of check, unavailable, failure is set."""
+    """What the kernels of one backend did with one job: exactly one of check, unavailable, failure is set."""
 
     backend: str
     check: Check | None = None
-    unavailable: str | None = None  # the kernel can't run here
-    failure: str | None = None  # it ran and raised
+    unavailable: str | None = None  # none of them can run here, or none is called
+    failure: str | None = None  # they ran and raised
 
 
 class Unavailable(Exception):
@@ -101,10 +102,16 @@ def run(jobs: Sequence[Job]) -> list[list[Outcome]]:
 def _try(job: Job, backend: str) -> Outcome:
     adapter, module, dtype = job
     try:
-        inputs = adapter.synthetic_inputs(module, dtype, torch.device("cpu"), INTERPRETED_ROWS)
-        service = serving(adapter, module, inputs, backend)
-        if service.reasons:
+        examples = adapter.synthetic_inputs(module, dtype, torch.device("cpu"), INTERPRETED_ROWS)
+        # As a preference: where the backend has no kernel of one op, those of the others are shown.
+        with use_backend(backend), explain() as decisions:
+            found = check(adapter, module, examples, None, backend, interpreted=True)
+        service = summary(decisions, backend)
+        ops = [op for op, name in service.kernels if name == backend]
+        if not ops:
             return Outcome(backend, unavailable="; ".join(service.reasons))
-        return Outcome(backend, check(adapter, module, inputs, backend, backend, interpreted=True))
+        if service.reasons:
+            found = dataclasses.replace(found, backend=f"{backend}: {' + '.join(ops)}")
+        return Outcome(backend, found)
     except Exception as error:
         return Outcome(backend, failure=f"{type(error).__name__}: {error}")

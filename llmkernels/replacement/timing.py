@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from .adapters import Adapter
+from .sites import swap
+from .verification import differentiable, tensors_of
 
 # Tokens of one measured call: the batch of a training step, enough that the launch is not what is measured.
 ROWS = 8192
@@ -18,7 +19,7 @@ def speed_up(
 ) -> float:
     """Median time of torch's layer over that of ours, forward and backward, both on copies."""
     original, replaced = adapter.copy(module), adapter.copy(module)
-    adapter.swap(replaced, backend)
+    swap(adapter, replaced, backend)
     return _seconds(original, adapter, dtype, device) / _seconds(replaced, adapter, dtype, device)
 
 
@@ -27,21 +28,12 @@ def _seconds(module: nn.Module, adapter: Adapter, dtype: torch.dtype, device: to
     # takes.
     from torch.utils.benchmark import Timer
 
-    inputs = adapter.synthetic_inputs(module, dtype, device, ROWS)
-    tensors = [
-        leaf
-        for leaf in pytree.tree_leaves(tuple(inputs))
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
-    for tensor in tensors:
-        tensor.requires_grad_()
-    wanted = [*tensors, *module.parameters()]
+    inputs = adapter.synthetic_inputs(module, dtype, device, ROWS)[0]
+    wanted = list(differentiable(adapter, module, inputs).values())
 
     def step() -> None:
         outputs = [
-            leaf
-            for leaf in pytree.tree_leaves(module(*inputs.args, **inputs.kwargs))
-            if isinstance(leaf, Tensor)
+            output for output in tensors_of(module(*inputs.args, **inputs.kwargs)) if output.requires_grad
         ]
         torch.autograd.grad(outputs, wanted, outputs, allow_unused=True)
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from ..ops.attention.api import attention
 
 NAME = "llmkernels"
+# What the attention layers that replace() took over ask transformers for: their model's configuration, and so
+# the masks that reach them, stay those of "sdpa" or "eager".
+SITE_OF_SDPA, SITE_OF_EAGER = "llmkernels in place of sdpa", "llmkernels in place of eager"
 
 
 def register_attention() -> str:
@@ -24,6 +27,8 @@ def register_attention() -> str:
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     AttentionInterface.register(NAME, attention_forward)
+    AttentionInterface.register(SITE_OF_SDPA, _in_place_of_sdpa)
+    AttentionInterface.register(SITE_OF_EAGER, _in_place_of_eager)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME
 
@@ -40,12 +45,15 @@ def attention_forward(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    *,
+    backend: str | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The interface of transformers' attention functions.
 
     query: [B, Hq, Lq, D]; key, value: [B, Hkv, Lk, D]; attention_mask: as torch's, with any sliding window in
-    it, or None; s_aux: sinks [Hq]. Returns [B, Lq, Hq, D] and None for the weights, which are never stored.
+    it, or None; s_aux: sinks [Hq]; backend: of llmkernels.attention. Returns [B, Lq, Hq, D] and None for the
+    weights, which are never stored.
     """
     if others.get("cache") is not None:
         raise ValueError("llmkernels: cache: expected None, got a paged cache, which attention_decode serves")
@@ -71,6 +79,18 @@ def attention_forward(
         query.shape[1] != key.shape[1],
         softcap=softcap,
         sinks=s_aux,
+        backend=backend,
     )
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _in_place_of_sdpa(module: Any, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, None]:
+    """attention_forward for a replaced layer, by the backend that it insists on."""
+    return attention_forward(module, *tensors, **options, backend=module.backend)  # type: ignore[arg-type]
+
+
+def _in_place_of_eager(module: Any, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, None]:
+    """The same beside the masks of "eager", which hold all that is masked: none means that all keys count."""
+    options["is_causal"] = False
+    return attention_forward(module, *tensors, **options, backend=module.backend)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import llmkernels
 from llmkernels.replacement import interpreted
-from llmkernels.replacement.adapters import LayerNormAdapter
+from llmkernels.replacement.adapters.layer_norm import LayerNormAdapter
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels run on it")
 

@@ -1,8 +1,32 @@
-"""The families of layers that ``replace`` knows, one file each; ``ADAPTERS`` is the list it walks through."""
+"""The families of layers that ``replace`` knows; ``ADAPTERS`` is the list of them."""
 
 from .adapter import Adapter, Inputs
-from .layer_norm import LayerNormAdapter
+from .layer_norm import LayerNormAdapter, RMSNormAdapter
+from .transformer_layers import (
+    MultiheadAttentionAdapter,
+    TransformerAdapter,
+    TransformerDecoderAdapter,
+    TransformerDecoderLayerAdapter,
+    TransformerEncoderAdapter,
+    TransformerEncoderLayerAdapter,
+)
+from .transformers_attention import AttentionAdapter
+from .transformers_blocks import FeedForwardAdapter, ResidualNormAdapter
+from .transformers_norms import RMSNormAdapter as TransformersRMSNormAdapter
 
-ADAPTERS: list[Adapter] = [LayerNormAdapter()]
+ADAPTERS: list[Adapter] = [
+    LayerNormAdapter(),
+    RMSNormAdapter(),
+    MultiheadAttentionAdapter(),
+    TransformerEncoderLayerAdapter(),
+    TransformerDecoderLayerAdapter(),
+    TransformerEncoderAdapter(),
+    TransformerDecoderAdapter(),
+    TransformerAdapter(),
+    AttentionAdapter(),
+    FeedForwardAdapter(),
+    ResidualNormAdapter(),
+    TransformersRMSNormAdapter(),
+]
 
-__all__ = ["ADAPTERS", "Adapter", "Inputs", "LayerNormAdapter"]
+__all__ = ["ADAPTERS", "Adapter", "Inputs"]

@@ -1,4 +1,4 @@
-"""torch.nn.LayerNorm in any model: torch.nn's Transformer layers, those of transformers, others."""
+"""torch.nn's norms in any model: its own Transformer layers, those of transformers, others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...nn import LayerNorm
-from .adapter import Adapter, Inputs
+from ...nn import LayerNorm, RMSNorm
+from .adapter import Adapter, Inputs, drawn
 
 
 class LayerNormAdapter(Adapter):
@@ -19,25 +19,7 @@ class LayerNormAdapter(Adapter):
     kernels = ("triton", "cuda")
 
     def obstacles(self, module: nn.Module) -> list[str]:
-        assert isinstance(module, nn.LayerNorm)
-        reasons = []
-        for name in ("weight", "bias"):
-            if name not in module._parameters:
-                reasons.append(
-                    f"{name} is no registered parameter: a wrapper such as FSDP or a hook manages it"
-                )
-                continue
-            parameter = module._parameters[name]
-            if parameter is None or nn.parameter.is_lazy(parameter):
-                continue
-            if tuple(parameter.shape) != tuple(module.normalized_shape):
-                reasons.append(
-                    f"{name} has shape {list(parameter.shape)} and normalized_shape is "
-                    f"{list(module.normalized_shape)}: it is sharded or pruned"
-                )
-            if not parameter.is_floating_point():
-                reasons.append(f"{name} is {parameter.dtype}: it is quantised")
-        return reasons
+        return _obstacles(module, ("weight", "bias"))
 
     def remark(self, module: nn.Module, parents: Sequence[nn.Module]) -> str | None:
         if any(_fused_in_eval(parent, module) for parent in parents):
@@ -46,56 +28,94 @@ class LayerNormAdapter(Adapter):
             )
         return None
 
-    def copy(self, module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        assert isinstance(module, nn.LayerNorm)
-        # Without parameters of its own: nothing is allocated or initialised on a default device.
-        copy = nn.LayerNorm(module.normalized_shape, module.eps, elementwise_affine=False)
-        copy.elementwise_affine = module.elementwise_affine
-        copy.train(module.training)
-        for name in ("weight", "bias"):
-            parameter = module._parameters[name]
-            if parameter is not None:
-                values = parameter.detach().clone().to(dtype or parameter.dtype)
-                copy.register_parameter(name, nn.Parameter(values))
-        return copy
-
     def synthetic_inputs(
         self, module: nn.Module, dtype: torch.dtype, device: torch.device, rows: int
-    ) -> Inputs:
-        assert isinstance(module, nn.LayerNorm)
-        generator = torch.Generator().manual_seed(0)
-        shape = (rows, *module.normalized_shape)
-        values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-        # Hidden states are neither centred nor of one size: each row has its own scale, and a mean of that
-        # order.
-        scale = torch.logspace(-1, 1, rows, dtype=torch.float64, device="cpu").view(
-            -1, *[1] * (len(shape) - 1)
-        )
-        return Inputs((((values + 0.5) * scale).to(device, dtype),), {})
+    ) -> list[Inputs]:
+        return [_rows(module, dtype, device, rows)]
 
     def magnitudes(
         self, module: nn.Module, inputs: Inputs, output_gradients: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        assert isinstance(module, nn.LayerNorm)
-        shape = module.normalized_shape
-        given: Tensor = inputs.args[0] if inputs.args else inputs.kwargs["input"]
-        x, dy = given.reshape(-1, *shape), output_gradients[0].reshape(-1, *shape)
-        row = tuple(range(1, x.dim()))
-        centred = x - x.mean(row, keepdim=True)
-        rstd = (centred.square().mean(row, keepdim=True) + module.eps).rsqrt()
-        # The normalised row inherits the rounding of x - mean, which is relative to x.
-        xhat = (centred.abs() + x.abs()) * rstd
-        weight = x.new_ones(shape) if module.weight is None else module.weight.detach()
-        bias = x.new_zeros(shape) if module.bias is None else module.bias.detach()
-        dx = (dy * weight * rstd).abs().amax(row, keepdim=True) * (1 + xhat.amax(row, keepdim=True))
-        return {
-            "output": (xhat * weight.abs() + bias.abs()).view(given.shape),
-            "gradient of input": dx.expand(x.shape).reshape(given.shape),
-            # The terms of these sums have random signs: their rounding grows with the root of the sum of
-            # squares.
-            "gradient of weight": (dy * xhat).square().sum(0).sqrt(),
-            "gradient of bias": dy.square().sum(0).sqrt(),
-        }
+        return _magnitudes(module, inputs, output_gradients, centred=True)
+
+
+class RMSNormAdapter(Adapter):
+    """Exact instances of torch.nn.RMSNorm become llmkernels.nn.RMSNorm."""
+
+    original = nn.RMSNorm
+    replacement = RMSNorm
+    kernels = ("triton", "cuda")
+
+    def obstacles(self, module: nn.Module) -> list[str]:
+        return _obstacles(module, ("weight",))
+
+    def synthetic_inputs(
+        self, module: nn.Module, dtype: torch.dtype, device: torch.device, rows: int
+    ) -> list[Inputs]:
+        return [_rows(module, dtype, device, rows)]
+
+    def magnitudes(
+        self, module: nn.Module, inputs: Inputs, output_gradients: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        return _magnitudes(module, inputs, output_gradients, centred=False)
+
+
+def _obstacles(norm: nn.Module, names: Sequence[str]) -> list[str]:
+    assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
+    reasons = []
+    for name in names:
+        if name not in norm._parameters:
+            reasons.append(f"{name} is no registered parameter: a wrapper such as FSDP or a hook manages it")
+            continue
+        parameter = norm._parameters[name]
+        if parameter is None or nn.parameter.is_lazy(parameter):
+            continue
+        if tuple(parameter.shape) != tuple(norm.normalized_shape):
+            reasons.append(
+                f"{name} has shape {list(parameter.shape)} and normalized_shape is "
+                f"{list(norm.normalized_shape)}: it is sharded or pruned"
+            )
+        if not parameter.is_floating_point():
+            reasons.append(f"{name} is {parameter.dtype}: it is quantised")
+    return reasons
+
+
+def _rows(norm: nn.Module, dtype: torch.dtype, device: torch.device, rows: int) -> Inputs:
+    assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
+    cpu = torch.device("cpu")
+    values = drawn((rows, *norm.normalized_shape), torch.float64, cpu, 0)
+    # Hidden states are neither centred nor of one size: each row has its own scale, and a mean of that order.
+    scale = torch.logspace(-1, 1, rows, dtype=torch.float64, device=cpu)
+    scale = scale.view(-1, *[1] * len(norm.normalized_shape))
+    return Inputs((((values + 0.5) * scale).to(device, dtype),), {})
+
+
+def _magnitudes(
+    norm: nn.Module, inputs: Inputs, output_gradients: Sequence[Tensor], *, centred: bool
+) -> dict[str, Tensor]:
+    assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
+    shape = norm.normalized_shape
+    # Of the name that the class has for its only argument: input, or x.
+    argument, given = next(iter(inputs.kwargs.items()), ("input" if centred else "x", None))
+    given = inputs.args[0] if given is None else given
+    x, dy = given.reshape(-1, *shape), output_gradients[0].reshape(-1, *shape)
+    row = tuple(range(1, x.dim()))
+    deviation = x - x.mean(row, keepdim=True) if centred else x
+    eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+    rstd = (deviation.square().mean(row, keepdim=True) + eps).rsqrt()
+    # The normalised row inherits the rounding of x - mean, which is relative to x.
+    xhat = (deviation.abs() + x.abs()) * rstd
+    weight = x.new_ones(shape) if norm.weight is None else norm.weight.detach()
+    bias = getattr(norm, "bias", None)
+    bias = x.new_zeros(shape) if bias is None else bias.detach()
+    dx = (dy * weight * rstd).abs().amax(row, keepdim=True) * (1 + xhat.amax(row, keepdim=True))
+    return {
+        "output": (xhat * weight.abs() + bias.abs()).view(given.shape),
+        f"gradient of {argument}": dx.expand(x.shape).reshape(given.shape),
+        # The terms of these sums have random signs: their rounding grows with the root of the sum of squares.
+        "gradient of weight": (dy * xhat).square().sum(0).sqrt(),
+        "gradient of bias": dy.square().sum(0).sqrt(),
+    }
 
 
 def _fused_in_eval(parent: nn.Module, norm: nn.Module) -> bool:
