@@ -46,9 +46,13 @@ def rows(*shape: int) -> Tensor:
     return random_tensor(shape or (2, 3, D), torch.float32, "cpu", 0, requires_grad=True)
 
 
+def named(value: Any) -> str:
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", [*FUNCTIONS, F.silu, nn.PReLU(), nn.GELU()], ids=str)
+@pytest.mark.parametrize("activation", [*FUNCTIONS, F.silu, nn.PReLU(), nn.GELU()], ids=named)
 def test_activations(activation: Any, bias: bool, hooked: bool) -> None:
     ours = feed_forward(activation, 0.3, bias=bias)
     if hooked:
