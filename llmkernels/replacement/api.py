@@ -17,7 +17,7 @@ from .capture import capture
 from .copying import signature
 from .report import REPLACED, ROLLED_BACK, SKIPPED, Report, Row
 from .sites import Site, find, parts
-from .verification import SYNTHETIC_ROWS, Check, Service, check, serving
+from .verification import SYNTHETIC_ROWS, Check, Service, check, refusal, serving
 
 
 def replace(
@@ -45,7 +45,8 @@ def replace(
         the reasons. None: the automatic choice at each call.
     sample_inputs: arguments of one forward of the model (a mapping, a tuple, or the one argument), run in
         eval mode without gradients; layers are then verified on the inputs that they get there. None: on
-        synthetic ones, as are the layers that this forward does not call.
+        synthetic ones, as are the layers that this forward does not call; those that take none that are known
+        are skipped.
     interpret: for layers on the CPU, which run through torch's own operators there, show every kernel through
         its interpreter too, on small shapes, once for layers of one kind and size. Where TRITON_INTERPRET=1
         is not set it starts a process for it.
@@ -65,7 +66,7 @@ def replace(
         captured = {} if sample_inputs is None else capture(model, open_sites, sample_inputs)
         show = verify and interpret and backend in (None, "torch", "reference")
         trials, notes = _decide(sites, captured, verify, backend, show)
-        _time(trials, backend)
+        notes += _time(trials, backend)
     return _commit(trials, notes, backend)
 
 
@@ -174,6 +175,10 @@ def _try(
             if (problem := problems[key]) is not None:
                 trial.fail(problem)
     except Exception as error:
+        if inputs is None:
+            refused = refusal(adapter, module, site.dtype, site.device, SYNTHETIC_ROWS)
+            if refused is not None:
+                return _Trial(site, SKIPPED, [f"{refused}: give replace() sample_inputs that reach it"])
         trial.fail(f"its trial raised {type(error).__name__}: {error}")
     return trial
 
@@ -207,18 +212,26 @@ def _show_kernels(trials: Sequence[_Trial]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def _time(trials: Sequence[_Trial], backend: str | None) -> None:
+def _time(trials: Sequence[_Trial], backend: str | None) -> list[str]:
     """The speed-up of the layers that a kernel serves on a GPU; layers of one kind and size share one
-    measurement."""
-    measured: dict[tuple[Any, ...], float] = {}
+    measurement. Returns notes on those that could not be measured, which says nothing against them."""
+    measured: dict[tuple[Any, ...], float | None] = {}
+    notes = []
     for trial in trials:
         site = trial.site
         served_by = {name for _, name in trial.service.kernels}
         if trial.status != REPLACED or site.device.type != "cuda" or served_by <= {"torch"}:
             continue
         if trial.key not in measured:
-            measured[trial.key] = timing.speed_up(site.adapter, site.module, site.dtype, site.device, backend)
+            measured[trial.key] = None
+            try:
+                measured[trial.key] = timing.speed_up(
+                    site.adapter, site.module, site.dtype, site.device, backend
+                )
+            except Exception as error:
+                notes.append(f"{site.names[0]}: not timed: {type(error).__name__}: {error}")
         trial.speed_up = measured[trial.key]
+    return notes
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..dispatch import explain, use_backend
 from .adapters import Adapter
-from .verification import INTERPRETED_ROWS, Check, check, summary
+from .verification import INTERPRETED_ROWS, Check, check, refusal, summary
 
 _TIMEOUT_SECONDS = 600
 
@@ -39,7 +39,7 @@ class Outcome:
 
     backend: str
     check: Check | None = None
-    unavailable: str | None = None  # none of them can run here, or none is called
+    unavailable: str | None = None  # it can't run here, none of it is called, or no inputs are known
     failure: str | None = None  # they ran and raised
 
 
@@ -114,4 +114,7 @@ def _try(job: Job, backend: str) -> Outcome:
             found = dataclasses.replace(found, backend=f"{backend}: {' + '.join(ops)}")
         return Outcome(backend, found)
     except Exception as error:
+        refused = refusal(adapter, module, dtype, torch.device("cpu"), INTERPRETED_ROWS)
+        if refused is not None:
+            return Outcome(backend, unavailable=refused)
         return Outcome(backend, failure=f"{type(error).__name__}: {error}")

@@ -25,6 +25,8 @@ SYNTHETIC_ROWS = 64
 INTERPRETED_ROWS = 6
 # How often torch's error is drawn again where ours exceeds what the first draw allows.
 _DRAWS = 4
+# What float64 leaves of terms that cancel, as a share of the largest gradient.
+_CANCELLED = 2**10 * torch.finfo(torch.float64).eps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,20 @@ def serving(adapter: Adapter, module: nn.Module, inputs: Inputs, backend: str | 
             with use_backend(backend):
                 copy(*inputs.args, **inputs.kwargs)
     return summary(decisions, backend)
+
+
+def refusal(
+    adapter: Adapter, module: nn.Module, dtype: torch.dtype, device: torch.device, rows: int
+) -> str | None:
+    """What the original itself raises on the adapter's synthetic inputs, which then say nothing about its
+    replacement; None if it takes them."""
+    try:
+        with torch.no_grad():
+            for inputs in adapter.synthetic_inputs(module, dtype, device, rows):
+                adapter.copy(module).eval()(*inputs.args, **inputs.kwargs)
+    except Exception as error:
+        return f"no inputs are known to try {type(module).__name__} on ({type(error).__name__}: {error})"
+    return None
 
 
 def summary(decisions: Sequence[Decision], backend: str | None) -> Service:
@@ -147,11 +163,32 @@ class _Band:
             lambda: redrawn(adapter, original, inputs, gradients[0], expected, baseline)
         )
         self._plain = baseline
+        self._expected = expected
 
     def of(self, name: str) -> tuple[Tensor, Tensor | None]:
         """The baseline and the magnitude of a result."""
         magnitude = self._magnitudes().get(name)
-        return (self._baseline() if magnitude is None else self._plain)[name], magnitude
+        baseline = (self._baseline() if magnitude is None else self._plain)[name]
+        return self._beside_cancelled(name, baseline), magnitude
+
+    def _beside_cancelled(self, name: str, baseline: Tensor) -> Tensor:
+        """The baseline, off by at least a unit in the last place of the largest gradient in those rows of a
+        gradient whose terms cancel: the query's and key's where only one key is seen, which are 0 in exact
+        arithmetic and in torch's order of summation, and the rounding of their terms in any other."""
+        expected = self._expected[name]
+        if not name.startswith("gradient") or expected.numel() == 0:
+            return baseline
+        sizes = [
+            grad.abs().amax()
+            for key, grad in self._expected.items()
+            if key.startswith("gradient") and grad.numel()
+        ]
+        largest = torch.stack([size.to(expected.device, torch.float64) for size in sizes]).amax()
+        cancelled = expected.abs().amax(-1, keepdim=True) <= _CANCELLED * largest
+        unit = torch.finfo(self._plain[name].dtype).eps * largest
+        baseline = baseline.to(torch.float64)
+        smaller = (baseline - expected).abs() < unit
+        return torch.where(cancelled & smaller, expected + unit, baseline)
 
 
 def _compare(

@@ -17,8 +17,11 @@ from torch.distributed.fsdp import fully_shard
 
 import llmkernels
 from llmkernels.ops.layer_norm import reference
-from llmkernels.replacement import Report, adapters
+from llmkernels.replacement import Report, adapters, api, timing
+from llmkernels.replacement.adapters import Adapter
 from llmkernels.replacement.adapters.layer_norm import LayerNormAdapter
+from llmkernels.replacement.sites import Site
+from llmkernels.replacement.verification import Service
 
 
 class Net(nn.Module):
@@ -423,6 +426,21 @@ def test_a_wrong_kernel_is_rolled_back(
     assert all("times its budget" in (row.reason or "") for row in report.rows)
     assert state_of(model) == before
     assert len(replace(model, backend="reference", verify=False).replaced) == 2
+
+
+def test_what_can_not_be_timed_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a layer is timed on synthetic inputs: they may not fit it, or not fit in the memory."""
+
+    def speed_up(adapter: Adapter, *_: Any) -> float:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(timing, "speed_up", speed_up)
+    site = Site(LayerNormAdapter(), nn.LayerNorm(8), ["norm"], [], None, torch.device("cuda"), torch.float32)
+    trials = [api._Trial(site, "replaced", []) for _ in range(2)]
+    for trial in trials:
+        trial.service = Service((("layer_norm", "triton"),))
+    assert api._time(trials, None) == ["norm: not timed: MemoryError: too large"]
+    assert [trial.speed_up for trial in trials] == [None, None]
 
 
 def test_a_kernel_that_raises_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:

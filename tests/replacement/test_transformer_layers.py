@@ -517,3 +517,25 @@ def test_whatever_fails_wherever_leaves_the_model_as_it_was(
 
 def test_adapters_are_pickled_by_their_class() -> None:
     assert [type(each) for each in pickle.loads(pickle.dumps(ADAPTERS))] == [type(each) for each in ADAPTERS]
+
+
+@pytest.mark.parametrize(("left", "status"), [(1e-7, "replaced"), (1e-4, "rolled back")])
+def test_gradients_of_which_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch, left: float, status: str
+) -> None:
+    """Of a single key the weight is 1 whatever query and key are: their gradients are exactly 0 in torch,
+    and what rounding leaves of the terms that cancel in a kernel. More than that is a fault."""
+    reference = importlib.import_module("llmkernels.ops.attention.reference")
+    correct = reference.backward
+
+    def rounded(*arguments: Any) -> tuple[Any, ...]:
+        dquery, *others = correct(*arguments)
+        return dquery + left, *others
+
+    monkeypatch.setattr(reference, "backward", rounded)
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(16, 2, batch_first=True)
+    memory = torch.randn(2, 1, 16)
+    sample = {"query": torch.randn(2, 3, 16), "key": memory, "value": memory, "need_weights": False}
+    (row,) = llmkernels.replace(layer, backend="reference", sample_inputs=sample, interpret=False).rows
+    assert row.status == status, row

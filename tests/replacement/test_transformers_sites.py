@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import llmkernels
 from llmkernels.replacement import Report
 from llmkernels.replacement.adapters import transformers_blocks, transformers_norms
+from llmkernels.replacement.adapters.transformers_attention import AttentionAdapter
 from llmkernels.replacement.adapters.transformers_classes import derive, same_code
 
 from .transformers_models import WIDTH, assert_close, batch, in_float64, make, run
@@ -119,6 +120,66 @@ def test_a_model_with_an_attention_of_its_own() -> None:
         found = reasons(replace(model))
     assert set(found) == {f"encoder.layer.{layer}.attention.self" for layer in (0, 1)}
     assert all("may be its own" in reason for reason in found.values())
+
+
+def _rotated_in_part(family: str) -> nn.Module:
+    """A layer of a family that rotates some of a head's features."""
+    of_bert = {"hidden_size": WIDTH, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    if family == "gpt_neox":
+        config = transformers.GPTNeoXConfig(**of_bert)
+        return transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXAttention(config, layer_idx=0)
+    if family == "phi":
+        return transformers.models.phi.modeling_phi.PhiAttention(transformers.PhiConfig(**of_bert), 0)
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8}
+    heads = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    config = transformers.DeepseekV3Config(**of_bert, **ranks, **heads, num_key_value_heads=4)
+    return transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention(config, 0)
+
+
+@pytest.mark.parametrize("family", ("gpt_neox", "phi", "deepseek_v3"))
+def test_a_rotation_of_some_features_alone(family: str) -> None:
+    layer = _rotated_in_part(family)
+    layer.config._attn_implementation = "sdpa"
+    report = replace(layer, verify=True)
+    assert [row.status for row in report.rows if row.name == ""] == ["replaced"], report
+    assert report.rows[0].worst is not None
+
+
+def test_a_causal_layer_is_tried_on_one_sequence() -> None:
+    """UMT5's has an argument for an encoder's states, which its causal layers never get."""
+    model = transformers.UMT5Model(
+        transformers.UMT5Config(d_model=WIDTH, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=50)
+    )
+    layers = [model.decoder.block[0].layer[0].SelfAttention, model.decoder.block[0].layer[1].EncDecAttention]
+    given = [
+        AttentionAdapter().synthetic_inputs(layer, torch.float32, torch.device("cpu"), 16)[0].kwargs
+        for layer in layers
+    ]
+    assert ["encoder_hidden_states" in kwargs for kwargs in given] == [False, True]
+
+
+@pytest.mark.parametrize("verify", (True, False))
+def test_a_layer_for_which_no_inputs_are_known(verify: bool) -> None:
+    """The original can't be called with what is made up for it, which says nothing against the replacement:
+    neither here nor where its kernels are shown, which has nothing but synthetic inputs."""
+    config = transformers.Llama4TextConfig(
+        hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    layer = transformers.models.llama4.modeling_llama4.Llama4TextAttention(config, 0)
+    row = replace(layer, verify=verify).rows[0]
+    assert row.status == "skipped"
+    assert "no inputs are known to try Llama4TextAttention on" in (row.reason or "")
+    assert "give replace() sample_inputs that reach it" in (row.reason or "")
+
+    rotation = torch.polar(torch.ones(1, 5, 4), torch.randn(1, 5, 4))
+    sample = {"hidden_states": torch.randn(1, 5, WIDTH), "position_embeddings": rotation}
+    report = replace(layer, verify=verify, sample_inputs={**sample, "attention_mask": None}, interpret=True)
+    assert report.rows[0].status == "replaced", report
+    if verify:
+        assert any("no inputs are known" in note for note in report.notes), report
 
 
 def test_unknown_arguments_of_the_attention_function() -> None:

@@ -35,6 +35,8 @@ _UNDERSTOOD = frozenset(
 _MORE = ("output_attentions", "head_mask", "layer_head_mask")
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 _MASKS = ("attention_mask", "mask", "encoder_attention_mask")
+# Attributes that hold how many features of a head are rotated; the first one that a layer has counts.
+_ROTATED = ("rotary_ndims", "qk_rope_head_dim", "head_dim", "attention_head_size")
 # An attribute of copies: the dtype of the layer that they are made of.
 _ROUNDED_TO = "_llmkernels_rounded_to"
 
@@ -228,18 +230,20 @@ class AttentionAdapter(TransformersAdapter):
         given: dict[str, Any] = {"hidden_states": drawn((2, length, features), dtype, device, 0)}
         masks = [name for name in _MASKS if name in parameters]
         keys = length
-        if "encoder_hidden_states" in parameters and getattr(module, "is_cross_attention", True):
+        causal = getattr(module, "is_causal", False)
+        if "encoder_hidden_states" in parameters and getattr(module, "is_cross_attention", not causal):
             keys = length + 2
             given["encoder_hidden_states"] = drawn((2, keys, features), dtype, device, 1)
             masks.reverse()  # that of the encoder's states comes first
         if "position_embeddings" in parameters:
-            angles = drawn((1, length, layer.head_dim), torch.float64, device, 2)
+            rotated = next((getattr(layer, name) for name in _ROTATED if hasattr(layer, name)), 0)
+            angles = drawn((1, length, rotated), torch.float64, device, 2)
             given["position_embeddings"] = (angles.cos().to(dtype), angles.sin().to(dtype))
         if not masks:
             return [Inputs((), given)]
         visible = torch.ones(2, 1, length, keys, dtype=torch.bool, device=device)
         visible[1, :, :, keys - keys // 3 :] = False
-        if getattr(module, "is_causal", False) and keys == length:
+        if causal and keys == length:
             visible &= visible.new_ones(length, keys).tril()
         mask = visible
         if _IN_PLACE_OF[module.__dict__["config"]._attn_implementation] == SITE_OF_EAGER:
