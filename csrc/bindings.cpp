@@ -10,6 +10,7 @@
 #include <string>
 
 #include "layer_norm/layer_norm.h"
+#include "wrappers/wrappers.h"
 
 #ifdef LLMKERNELS_EMULATOR
 #include "emulator_bindings.hpp"
@@ -160,6 +161,24 @@ int partial_rows(int64_t m, int64_t n, int dtype, int device) {
   return rows;
 }
 
+// (name, threads, input words, output words) of each row of wrappers.h.
+py::list wrapper_table() {
+  py::list list;
+  for (int i = 0; i < wrapper_count(); ++i) {
+    const Wrapper& row = wrapper(i);
+    list.append(py::make_tuple(row.name, row.threads, row.input_words, row.output_words));
+  }
+  return list;
+}
+
+void run_one_wrapper(const std::string& name, uintptr_t input, uintptr_t output, int device,
+                     uintptr_t stream) {
+  const DeviceGuard guard(device, name.c_str());
+  check(run_wrapper(name.c_str(), pointer<const uint32_t>(input), pointer<uint32_t>(output),
+                    pointer<CUstream_st>(stream)),
+        name.c_str());
+}
+
 bool is_emulated() {
 #ifdef LLMKERNELS_EMULATOR
   return true;
@@ -192,6 +211,10 @@ PYBIND11_MODULE(_C, m) {
         "Launches one backward; operands as layer_norm.h.");
   m.def("layer_norm_partial_rows", &llmkernels::partial_rows,
         "Rows of the partial sums that backward of [m, n] in z's dtype takes on the device.");
+  m.def("wrappers", &llmkernels::wrapper_table,
+        "Every instruction with a kernel of its own: (name, threads, input words, output words).");
+  m.def("run_wrapper", &llmkernels::run_one_wrapper,
+        "Launches the kernel of one instruction; operands as csrc/wrappers/wrappers.h.");
   m.def("is_emulated", &llmkernels::is_emulated,
         "Whether the kernels run on the CPU (tests/emulator).");
   m.def("architectures", &llmkernels::architectures,

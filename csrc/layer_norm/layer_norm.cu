@@ -1,5 +1,4 @@
 // The host side of the op, and the kernel that adds up the partial rows of backward.
-#include <cmath>
 #include <initializer_list>
 
 #include "../common/launch.cuh"
@@ -35,17 +34,6 @@ __global__ void __launch_bounds__(kFinalizeColumns* kFinalizeRows)
     __syncthreads();
   }
   if (line == 0) store_values<1>(total, 0, slot, {sums[0][lane]});
-}
-
-Dropout make_dropout(const int64_t* seed, double dropout_p) {
-  Dropout dropout;
-  if (seed == nullptr) return dropout;
-  constexpr double kWords = 2147483648.0;  // 31 bits
-  dropout.seed = seed;
-  dropout.threshold =
-      static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * kWords), kWords - 1.0));
-  dropout.scale = dropout_p == 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - dropout_p));
-  return dropout;
 }
 
 static cudaError_t current_device(Device* device) {

@@ -64,7 +64,7 @@ PLANTS = (
     ),
     Plant(
         "a butterfly that stops early",
-        (ROW_SUM, "offset > 0;", "offset > 1;"),
+        (ROW_SUM, "offset > 0; offset /= 2) {\n    value +=", "offset > 1; offset /= 2) {\n    value +="),
         FORWARD,
         Case(3, 33),
         "y: ",
@@ -113,7 +113,7 @@ PLANTS = (
     ),
     Plant(
         "dropout's rows share counters",
-        ("layer_norm/dropout.cuh", "(n + 3) / 4", "n / 4"),
+        ("common/dropout.cuh", "(columns) + 3) / 4", "(columns)) / 4"),
         FORWARD,
         Case(3, 33, add=True),
         "z: ",

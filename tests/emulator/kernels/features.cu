@@ -1,6 +1,7 @@
 // What each operation gives where it is used rightly.
 #include <cstring>
 
+#include "common/barrier.cuh"
 #include "common/launch.cuh"
 #include "probes.h"
 #include "sm80/cp_async.cuh"
@@ -69,7 +70,7 @@ __global__ void named_barriers(const __grid_constant__ Probe probe) {
   auto* words = reinterpret_cast<uint32_t*>(smem);
   const unsigned t = threadIdx.x, pair = t / 64;
   if (t % 64 < 32) words[t] = probe.input[t];
-  emulator::barrier_sync(1 + pair, 64);
+  bar_sync(1 + pair, 64);
   if (t % 64 >= 32) probe.output[t] = words[t - 32];
 }
 

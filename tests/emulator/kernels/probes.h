@@ -20,6 +20,7 @@ using Launcher = cudaError_t (*)(const Probe& probe, const Shape& shape);
 
 // The launcher of a kernel; `bug` chooses the twin that has it. Null for an unknown name.
 Launcher find_feature(const char* name);
+Launcher find_fragment_feature(const char* name);
 Launcher find_twin(const char* name, bool bug);
 
 }  // namespace llmkernels::probes

@@ -1,6 +1,7 @@
 // Kernels with a bug that the emulator must report, each beside the twin that has it not.
 #include <cstring>
 
+#include "common/barrier.cuh"
 #include "common/launch.cuh"
 #include "probes.h"
 #include "sm80/cp_async.cuh"
@@ -184,8 +185,8 @@ template <bool kBug>
 __global__ void deadlock(const __grid_constant__ Probe probe) {
   const unsigned warp = threadIdx.x / 32;
   const unsigned first = kBug ? 1 + warp : 1;
-  emulator::barrier_sync(first, 64);
-  emulator::barrier_sync(3 - first, 64);
+  bar_sync(first, 64);
+  bar_sync(3 - first, 64);
   probe.output[threadIdx.x] = probe.input[threadIdx.x];
 }
 
