@@ -1,7 +1,7 @@
 """`llmkernels doctor --wrappers`: every instruction that the CUDA C++ kernels use, run by itself.
 
 Each row of csrc/wrappers runs one instruction on given operands. Here stands what must come out of it after
-NVIDIA's manuals (*PTX ISA*; *CUDA C++ Programming Guide*), computed in torch and without a look at csrc or the
+NVIDIA's manuals (*PTX ISA*; *CUDA C++ Programming Guide*), computed in torch without a look at csrc or the
 emulator. So on a GPU the table shows whether the wrappers, and with them the emulator's reading of the
 manuals, are what the hardware does; through the emulator it shows that reading.
 """
@@ -9,6 +9,7 @@ manuals, are what the hardware does; through the emulator it shows that reading.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 
@@ -131,7 +132,10 @@ def _all_halves() -> list[Case]:
     """Every binary16."""
     halves = torch.arange(2**16).view(-1, _LANES)
     values = halves.to(torch.int32).to(torch.int16).view(torch.float16).double()
-    return [Case(_rows(row), _rows(value), torch.zeros(_LANES, 1)) for row, value in zip(halves, values, strict=True)]
+    return [
+        Case(_rows(row), _rows(value), torch.zeros(_LANES, 1))
+        for row, value in zip(halves, values, strict=True)
+    ]
 
 
 def _pairs(dtype: torch.dtype) -> Callable[[], list[Case]]:
@@ -168,12 +172,8 @@ def _to_tf32() -> list[Case]:
 
 def _philox() -> list[Case]:
     words = _random_words(_LANES, 4)
-    seed, counter = _signed(words[:, 1] << 32 | words[:, 0]), _signed(words[:, 3] << 32 | words[:, 2])
+    seed, counter = (words[:, i + 1] << 32 | words[:, i] for i in (0, 2))
     return [Case(words, philox_uint32(seed, counter))]
-
-
-def _signed(values: Tensor) -> Tensor:
-    return values  # int64 already wraps around
 
 
 # --- exchanges between lanes
@@ -329,6 +329,7 @@ def _rounded(values: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _products(dtype: torch.dtype | None) -> Callable[[], list[Case]]:
+    """D + A B, of float16, bfloat16 or (None) tf32."""
     depth = 8 if dtype is None else 16
 
     def case(a: Tensor, b: Tensor, d: Tensor, exact: bool) -> Case:
@@ -367,9 +368,13 @@ INSTRUCTIONS = (
     Instruction("cvt_rn_f16x2_f32", "cvt.rn.f16x2.f32", _pairs(torch.float16)),
     Instruction("cvt_rn_bf16x2_f32", "cvt.rn.bf16x2.f32", _pairs(torch.bfloat16)),
     Instruction("cvt_rna_tf32_f32", "cvt.rna.tf32.f32", _to_tf32),
-    Instruction("ex2_approx_ftz_f32", "ex2.approx.ftz.f32", _approximate(torch.exp2, -130, 20, 2.0**-22, ftz=True)),
     Instruction(
-        "lg2_approx_ftz_f32", "lg2.approx.ftz.f32", _approximate(torch.log2, 0, 4, 2.0**-22, 2.0**-22, ftz=True)
+        "ex2_approx_ftz_f32", "ex2.approx.ftz.f32", _approximate(torch.exp2, -130, 20, 2.0**-22, ftz=True)
+    ),
+    Instruction(
+        "lg2_approx_ftz_f32",
+        "lg2.approx.ftz.f32",
+        _approximate(torch.log2, 0, 4, 2.0**-22, 2.0**-22, ftz=True),
     ),
     Instruction(
         "rcp_approx_ftz_f32", "rcp.approx.ftz.f32", _approximate(torch.reciprocal, -9, 9, _ONE_ULP, ftz=True)
@@ -432,7 +437,8 @@ def _difference(case: Case, output: Tensor) -> str:
     else:
         said = f"expected {due:.9g}, got {float(_floats(output)[thread, word]):.9g}"
     operands = " ".join(f"{operand:08x}" for operand in case.input[thread].tolist())
-    return f"{int(wrong.sum())} of {wrong.numel()} words differ; thread {thread}, word {word}: {said} of {operands}"
+    count = f"{int(wrong.sum())} of {wrong.numel()} words differ"
+    return f"{count}; thread {thread}, word {word}: {said} of {operands}"
 
 
 def _run(instruction: Instruction, case: Case, device: torch.device) -> str:
@@ -441,7 +447,9 @@ def _run(instruction: Instruction, case: Case, device: torch.device) -> str:
     output = torch.full(case.expected.shape, -1, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     try:
-        module.run_wrapper(instruction.name, words.data_ptr(), output.data_ptr(), max(words.get_device(), 0), stream)
+        module.run_wrapper(
+            instruction.name, words.data_ptr(), output.data_ptr(), max(words.get_device(), 0), stream
+        )
         return _difference(case, output.cpu().to(torch.int64) & _WORD)
     except RuntimeError as error:
         return str(error).splitlines()[0]
@@ -461,3 +469,32 @@ def check(device: torch.device) -> list[Outcome]:
         detail = next((text for text in details if text), "")
         outcomes.append(Outcome(instruction.name, instruction.mnemonic, detail))
     return outcomes
+
+
+def as_json(outcomes: list[Outcome], device: torch.device) -> str:
+    rows = [{**dataclasses.asdict(outcome), "passed": outcome.passed} for outcome in outcomes]
+    return json.dumps({"device": _device_name(device), "instructions": rows}, indent=2)
+
+
+def as_text(outcomes: list[Outcome], device: torch.device) -> str:
+    """The table for a person; its last line is the verdict."""
+    widths = [max(len(getattr(o, field)) for o in outcomes) for field in ("name", "mnemonic")]
+    lines = [f"Instructions of the CUDA C++ kernels, {_device_name(device)}"]
+    for outcome in outcomes:
+        verdict = "ok" if outcome.passed else f"WRONG: {outcome.detail}"
+        lines.append(f"  {outcome.name:{widths[0]}}  {outcome.mnemonic:{widths[1]}}  {verdict}")
+    if device.type == "cpu":
+        lines += [
+            "",
+            "This shows how the emulator reads NVIDIA's manuals. The table has not been run on a GPU yet.",
+        ]
+    failed = [outcome.name for outcome in outcomes if not outcome.passed]
+    passed = f"All {len(outcomes)} instructions give what the manuals say."
+    return "\n".join([*lines, "", f"WRONG: {', '.join(failed)}" if failed else passed])
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "on the CPU, through the emulator"
+    capability = "".join(map(str, torch.cuda.get_device_capability(device)))
+    return f"on {torch.cuda.get_device_name(device)}, sm_{capability}"

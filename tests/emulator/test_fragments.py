@@ -41,7 +41,7 @@ def test_products(probes: ModuleType, name: str) -> None:
         a, b = _whole(32, 32, sizes[0]), _whole(32, 32, sizes[1])
         expected = ((a.T if trans_a else a) @ (b if trans_b else b.T))[:16, :16]
         for options in SCHEDULES[:3]:
-            probes.emulator.options(**options)
+            probes.emulator.options(**options, bank_conflicts=True)
             words, shared = _words(a.to(dtype), b.to(dtype)), 2 * 32 * 32 * dtype.itemsize
             output = run(probes, name, words, 256, block=32, shared=shared)
             assert torch.equal(output.view(torch.float32).view(16, 16).double(), expected)
@@ -50,8 +50,11 @@ def test_products(probes: ModuleType, name: str) -> None:
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
 def test_accumulators_become_operands(probes: ModuleType, dtype: torch.dtype) -> None:
     a, b, c = _whole(16, 16, 2), _whole(16, 16, 2), _whole(16, 16, 2)
-    name = {torch.float16: "chained_f16", torch.bfloat16: "chained_bf16", torch.float32: "chained_tf32"}[dtype]
+    name = {torch.float16: "chained_f16", torch.bfloat16: "chained_bf16", torch.float32: "chained_tf32"}[
+        dtype
+    ]
     words = _words(a.to(dtype), b.to(dtype), c.to(dtype))
+    probes.emulator.options(bank_conflicts=True)
     output = run(probes, name, words, 256, block=32, shared=3 * 256 * dtype.itemsize)
     assert torch.equal(output.view(torch.float32).view(16, 16).double(), a @ b.T @ c)
 

@@ -20,6 +20,7 @@ struct Options {
   uint64_t seed = 0;
   bool random_schedule = false;
   bool race = false;
+  bool bank_conflicts = false;  // of ldmatrix and stmatrix: reported, though nothing is wrong
 };
 extern Options options;
 

@@ -7,12 +7,14 @@
 
 #include "collective.hpp"
 #include "race.hpp"
+#include "report.hpp"
 
 namespace llmkernels::emulator {
 
 namespace {
 
 constexpr uint32_t kRowBytes = 16, kElementBytes = 2, kMatrixRows = 8;
+constexpr uint32_t kBankBytes = 128;  // of all banks together
 
 struct Transfer {
   const char* name;
@@ -45,6 +47,26 @@ void watch(const Collective& warp, unsigned lane, const void* address, size_t by
   current = warp.lanes[lane];
   race_access({address, bytes, own.stores, own.name, own.code}, race_thread_agent());
   current = running;
+}
+
+// The eight rows of a matrix move in one turn if no two of them, at different addresses, have the
+// same 16 bytes of the banks.
+void look_for_bank_conflicts(const Collective& warp, uint32_t matrix) {
+  for (uint32_t i = 0; i < kMatrixRows; ++i) {
+    const auto& row = warp.argument<Transfer>(kMatrixRows * matrix + i);
+    for (uint32_t j = 0; j < i; ++j) {
+      const auto& other = warp.argument<Transfer>(kMatrixRows * matrix + j);
+      if (row.row_smem == other.row_smem || (row.row_smem - other.row_smem) % kBankBytes != 0)
+        continue;
+      report("bank conflict",
+             std::string(row.name) + " in " + block.name() + " has the rows " + std::to_string(j) +
+                 " and " + std::to_string(i) + " of matrix " + std::to_string(matrix) +
+                 " at the shared addresses " + std::to_string(other.row_smem) + " and " +
+                 std::to_string(row.row_smem) + ", in the same banks",
+             row.code);
+      return;
+    }
+  }
 }
 
 void move(const Collective& warp, uint32_t matrix, unsigned lane) {
@@ -81,6 +103,7 @@ void run(const Transfer& transfer) {
   join_whole_warp(transfer.name, &argument, [](Collective& warp) {
     const uint32_t matrices = warp.argument<Transfer>(0).matrices;
     for (uint32_t matrix = 0; matrix < matrices; ++matrix) {
+      if (options.bank_conflicts) look_for_bank_conflicts(warp, matrix);
       for (unsigned lane = 0; lane < kWarpSize; ++lane) move(warp, matrix, lane);
     }
   });

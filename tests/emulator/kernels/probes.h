@@ -22,5 +22,6 @@ using Launcher = cudaError_t (*)(const Probe& probe, const Shape& shape);
 Launcher find_feature(const char* name);
 Launcher find_fragment_feature(const char* name);
 Launcher find_twin(const char* name, bool bug);
+Launcher find_matrix_twin(const char* name, bool bug);
 
 }  // namespace llmkernels::probes
