@@ -164,8 +164,8 @@ def _to_tf32() -> list[Case]:
     for seed in range(4):
         words = _random_words(_LANES, seed=seed)
         words[:4] = torch.tensor([0x3F801000, 0xBF801000, 0x3F800FFF, 0x00001000])  # ties go away from zero
-        words = torch.where(_floats(words).isfinite(), words, 0x7F800000)
-        rounded = torch.where(words & 0x7F800000 == 0x7F800000, words, (words + 0x1000) & ~0x1FFF)
+        words[4:6] = torch.tensor([0x7F800000, 0x7FC00000])
+        rounded = torch.where(_floats(words).isfinite(), words + 0x1000, words) & ~0x1FFF
         found.append(Case(_rows(words), _rows(rounded)))
     return found
 
@@ -413,6 +413,8 @@ INSTRUCTIONS = (
     Instruction("ldmatrix_x4_trans", "ldmatrix.m8n8.x4.trans.b16", _load_matrix(4, True)),
     Instruction("stmatrix_x4", "stmatrix.m8n8.x4.b16", _store_matrix()),
     Instruction("stmatrix_x4_trans", "stmatrix.m8n8.x4.trans.b16", _store_matrix(True)),
+    Instruction("stmatrix_x4_by_shuffles", "shfl.sync, st.shared.b32", _store_matrix()),
+    Instruction("stmatrix_x4_trans_by_shuffles", "shfl.sync, st.shared.b16", _store_matrix(True)),
     Instruction("mma_m16n8k16_f16", "mma.m16n8k16.f32.f16.f16.f32", _products(torch.float16)),
     Instruction("mma_m16n8k16_bf16", "mma.m16n8k16.f32.bf16.bf16.f32", _products(torch.bfloat16)),
     Instruction("mma_m16n8k8_tf32", "mma.m16n8k8.f32.tf32.tf32.f32", _products(None)),

@@ -1,13 +1,37 @@
 // stmatrix (PTX ISA, sm_90): a warp stores four 8 x 8 matrices of 16-bit elements, the inverse of
-// ldmatrix_x4: lanes' words, row addresses and .trans are as in ../sm80/ldmatrix.cuh.
-//
-// Before sm_90 the same is done in four stores of 4 bytes, to addresses fetched by shuffles. The
-// 16-bit elements of .trans lie in different rows: eight stores of 2 bytes.
+// ldmatrix_x4: lanes' words, row addresses and .trans are as in ../sm80/ldmatrix.cuh. On earlier
+// GPUs the same is done by shuffles of the addresses and a lane's own stores.
 #pragma once
 
 #include "../common/platform.cuh"
 
 namespace llmkernels {
+
+// Four stores of 4 bytes: without conflicts where ldmatrix has none.
+__device__ __forceinline__ void stmatrix_x4_by_shuffles(uint32_t row_smem,
+                                                        const uint32_t (&words)[4]) {
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (unsigned m = 0; m < 4; ++m) {
+    const uint32_t row = __shfl_sync(0xffffffffu, row_smem, static_cast<int>(8 * m + lane / 4));
+    *reinterpret_cast<uint32_t*>(shared_pointer(row + lane % 4 * 4)) = words[m];
+  }
+}
+
+// A word's two elements belong to different rows: eight stores of 2 bytes, four rows by eight
+// columns each.
+__device__ __forceinline__ void stmatrix_x4_trans_by_shuffles(uint32_t row_smem,
+                                                              const uint32_t (&words)[4]) {
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (unsigned i = 0; i < 8; ++i) {
+    const unsigned m = i / 2, half = i % 2;
+    const uint32_t row =
+        __shfl_sync(0xffffffffu, row_smem, static_cast<int>(8 * m + lane % 4 * 2 + half));
+    *reinterpret_cast<uint16_t*>(shared_pointer(row + lane / 4 * 2)) =
+        static_cast<uint16_t>(words[m] >> 16 * half);
+  }
+}
 
 #ifdef LLMKERNELS_EMULATOR
 
@@ -32,25 +56,11 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t row_smem, const uint3
 #else
 
 __device__ __forceinline__ void stmatrix_x4(uint32_t row_smem, const uint32_t (&words)[4]) {
-  const uint32_t lane = threadIdx.x % 32;
-#pragma unroll
-  for (uint32_t m = 0; m < 4; ++m) {
-    const uint32_t row = __shfl_sync(0xffffffffu, row_smem, 8 * m + lane / 4);
-    asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(row + lane % 4 * 4), "r"(words[m]) : "memory");
-  }
+  stmatrix_x4_by_shuffles(row_smem, words);
 }
 
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t row_smem, const uint32_t (&words)[4]) {
-  const uint32_t lane = threadIdx.x % 32;
-#pragma unroll
-  for (uint32_t m = 0; m < 4; ++m) {
-#pragma unroll
-    for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t row = __shfl_sync(0xffffffffu, row_smem, 8 * m + lane % 4 * 2 + half);
-      const auto element = static_cast<uint16_t>(words[m] >> 16 * half);
-      asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(row + lane / 4 * 2), "h"(element) : "memory");
-    }
-  }
+  stmatrix_x4_trans_by_shuffles(row_smem, words);
 }
 
 #endif

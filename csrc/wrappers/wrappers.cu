@@ -89,7 +89,7 @@ LLMKERNELS_SHUFFLE(__shfl_up_sync)
 LLMKERNELS_SHUFFLE(__shfl_down_sync)
 #undef LLMKERNELS_SHUFFLE
 
-// Votes and reductions of one word; kType is what the function takes.
+// Votes and reductions of one word, of the type that the function takes.
 #define LLMKERNELS_ALL_LANES(name, function, type)                                              \
   struct Run_##name : Words<1, 1> {                                                             \
     __device__ static void run(const uint32_t* in, uint32_t* out, unsigned char*) {             \
@@ -178,6 +178,8 @@ struct StoreMatrix : Words<5, 4> {
 };
 using Run_stmatrix_x4 = StoreMatrix<stmatrix_x4>;
 using Run_stmatrix_x4_trans = StoreMatrix<stmatrix_x4_trans>;
+using Run_stmatrix_x4_by_shuffles = StoreMatrix<stmatrix_x4_by_shuffles>;
+using Run_stmatrix_x4_trans_by_shuffles = StoreMatrix<stmatrix_x4_trans_by_shuffles>;
 
 // in: a[4], b0, b1, d[4].
 template <void (*multiply)(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t)>
@@ -260,6 +262,8 @@ constexpr Row kRows[] = {
     LLMKERNELS_ROW(ldmatrix_x4_trans),
     LLMKERNELS_ROW(stmatrix_x4),
     LLMKERNELS_ROW(stmatrix_x4_trans),
+    LLMKERNELS_ROW(stmatrix_x4_by_shuffles),
+    LLMKERNELS_ROW(stmatrix_x4_trans_by_shuffles),
     LLMKERNELS_ROW(mma_m16n8k16_f16),
     LLMKERNELS_ROW(mma_m16n8k16_bf16),
     LLMKERNELS_ROW(mma_m16n8k8_tf32),

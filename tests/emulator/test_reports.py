@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ MEMORY = (
     Twins("zero_fill_forgotten", "uninitialised", block=32, shared=512),
     Twins("matrix_past_the_end", "out of bounds", block=32, shared=512),
     Twins("stored_matrix_read_too_early", "race", block=32, shared=512),
+    Twins("tile_not_filled", "uninitialised", block=32, shared=512),
     Twins("stored_matrices_overlap", "race", block=32, shared=512),
 )
 PROGRESS = (
@@ -163,10 +165,13 @@ def test_sentences_name_the_place(race_probes: ModuleType) -> None:
     race = sentence("missing_barrier")
     assert "of shared memory" in race and "block (0, 0, 0)" in race and "thread 31" in race
     assert "[twins.cu:" in race
+    for name in ("matrix_misaligned", "product_of_half_a_warp", "tf32_not_rounded", "copy_8_misaligned"):
+        assert "[matrix_twins.cu:" in sentence(name)
     beyond = sentence("read_past_the_end")
     assert "load of 4 bytes by thread 63" in beyond
     assert "0 bytes past the end of the 256 bytes of 'input'" in beyond
     assert "byte 0 of 'output'" in sentence("blocks_write_one_word")
+    assert re.search(r"\[fragments\.cuh:\d+ < matrix_twins\.cu:\d+", sentence("tile_not_filled"))
     divergent = sentence("divergent_barrier")
     assert "threads 0-15 wait at __syncthreads" in divergent and "threads 16-31 have exited" in divergent
     deadlock = sentence("deadlock")

@@ -55,7 +55,8 @@ void finish(Warp& warp, Collective& collective, const Thread* last) {
     fail("divergent warp", std::string(collective.name) + " is executed by the lanes " +
                                hexadecimal(collective.arrived) + " of warp " +
                                std::to_string(block.self().warp) + " of " + block.name() +
-                               " alone; it needs all 32");
+                               " alone; it needs all 32",
+         collective.code);
   }
   collective.complete(collective);
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
@@ -66,7 +67,7 @@ void finish(Warp& warp, Collective& collective, const Thread* last) {
 }
 
 void join(const char* name, uint32_t mask, bool needs_all, void* argument,
-          void (*complete)(Collective&)) {
+          void (*complete)(Collective&), const void* code) {
   Thread& thread = block.self();
   Warp& warp = warps[thread.warp];
   if ((mask >> thread.lane & 1) == 0) {
@@ -78,12 +79,14 @@ void join(const char* name, uint32_t mask, bool needs_all, void* argument,
     collective.name = name;
     collective.mask = mask;
     collective.needs_all = needs_all;
+    collective.code = code;
     collective.complete = complete;
     warp.busy |= bit_of(warp, collective);
   } else if (std::strcmp(collective.name, name) != 0) {
     fail("divergent warp", place(thread) + " is at " + name + ", the lanes " +
                                hexadecimal(collective.arrived) + " of its mask at " +
-                               collective.name);
+                               collective.name,
+         code);
   }
   collective.arrived |= 1u << thread.lane;
   collective.lanes[thread.lane] = &thread;
@@ -129,11 +132,12 @@ void reset_collectives(unsigned thread_count) {
 
 void join_collective(const char* name, uint32_t mask, void* argument,
                      void (*complete)(Collective&)) {
-  join(name, mask, false, argument, complete);
+  join(name, mask, false, argument, complete, nullptr);
 }
 
-void join_whole_warp(const char* name, void* argument, void (*complete)(Collective&)) {
-  join(name, kAllLanes, true, argument, complete);
+void join_whole_warp(const char* name, void* argument, void (*complete)(Collective&),
+                     const void* code) {
+  join(name, kAllLanes, true, argument, complete, code);
 }
 
 void collective_thread_exited(const Thread& thread) {

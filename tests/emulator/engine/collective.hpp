@@ -15,6 +15,7 @@ struct Collective {
   uint32_t mask = 0;     // the lanes named by the callers
   uint32_t arrived = 0;  // a bit for each lane that waits; 0: this entry is free
   bool needs_all = false;
+  const void* code = nullptr;  // of one of the callers
   void (*complete)(Collective&) = nullptr;
   std::array<Thread*, kWarpSize> lanes;  // valid where `arrived` has a bit
 
@@ -31,7 +32,9 @@ void join_collective(const char* name, uint32_t mask, void* argument,
                      void (*complete)(Collective&));
 // The same for instructions that all 32 lanes must execute (.sync.aligned): a lane that has exited,
 // or that the block does not have, ends the launch with a report.
-void join_whole_warp(const char* name, void* argument, void (*complete)(Collective&));
+// `code` is the return address in the kernel.
+void join_whole_warp(const char* name, void* argument, void (*complete)(Collective&),
+                     const void* code);
 // An exited lane is not waited for any more.
 void collective_thread_exited(const Thread& thread);
 void reset_collectives(unsigned thread_count);

@@ -91,22 +91,27 @@ void run(const Transfer& transfer) {
     if (transfer.row_smem % kRowBytes != 0) {
       fail("misaligned", std::string(transfer.name) + " by " + name_of(thread) +
                              " with the shared address " + std::to_string(transfer.row_smem) +
-                             ", which is not a multiple of 16");
+                             ", which is not a multiple of 16",
+           transfer.code);
     }
     if (transfer.row_smem > kSharedBytesLimit - kRowBytes) {
       fail("out of bounds", std::string(transfer.name) + " by " + name_of(thread) +
-                                " with the shared address " + std::to_string(transfer.row_smem));
+                                " with the shared address " + std::to_string(transfer.row_smem),
+           transfer.code);
     }
   }
   if (options.race) preempt();
   Transfer argument = transfer;
-  join_whole_warp(transfer.name, &argument, [](Collective& warp) {
-    const uint32_t matrices = warp.argument<Transfer>(0).matrices;
-    for (uint32_t matrix = 0; matrix < matrices; ++matrix) {
-      if (options.bank_conflicts) look_for_bank_conflicts(warp, matrix);
-      for (unsigned lane = 0; lane < kWarpSize; ++lane) move(warp, matrix, lane);
-    }
-  });
+  join_whole_warp(
+      transfer.name, &argument,
+      [](Collective& warp) {
+        const uint32_t matrices = warp.argument<Transfer>(0).matrices;
+        for (uint32_t matrix = 0; matrix < matrices; ++matrix) {
+          if (options.bank_conflicts) look_for_bank_conflicts(warp, matrix);
+          for (unsigned lane = 0; lane < kWarpSize; ++lane) move(warp, matrix, lane);
+        }
+      },
+      transfer.code);
 }
 
 void store(const char* name, uint32_t row_smem, const uint32_t (&words)[4], bool transposed,

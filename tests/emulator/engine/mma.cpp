@@ -28,6 +28,7 @@ struct Fragments {
   float* d;           // [4]
   const uint32_t* a;  // [4]
   uint32_t b[2];
+  const void* code;
 };
 
 // An operand, decoded: values, and the exponents of their highest bits.
@@ -103,23 +104,26 @@ void add_special(Problem& p, int depth) {
   }
 }
 
-// The element `half` of a word.
-float half_f16(uint32_t word, int half) {
+// The element `half` of a word; `code` is where it was given.
+float half_f16(uint32_t word, int half, const void*) {
   return cvt_f32_f16(static_cast<uint16_t>(word >> 16 * half));
 }
-float half_bf16(uint32_t word, int half) { return __uint_as_float(word >> 16 * half << 16); }
+float half_bf16(uint32_t word, int half, const void*) {
+  return __uint_as_float(word >> 16 * half << 16);
+}
 
-float whole_tf32(uint32_t word, int) {
+float whole_tf32(uint32_t word, int, const void* code) {
   if ((word & 0x1fffu) != 0) {
     fail("bad operand",
          "mma.sync of tf32 is given " + std::to_string(__uint_as_float(word)) + " in " +
-             block.name() + ", a float32 that has not been rounded to tf32");
+             block.name() + ", a float32 that has not been rounded to tf32",
+         code);
   }
   return __uint_as_float(word);
 }
 
 // A word holds kPerWord neighbouring elements of K.
-template <int kPerWord, float (*decode)(uint32_t, int)>
+template <int kPerWord, float (*decode)(uint32_t, int, const void*)>
 void multiply(Collective& warp) {
   constexpr int kDepth = 8 * kPerWord, kBlock = kDepth / 2;
   Problem p;
@@ -128,12 +132,12 @@ void multiply(Collective& warp) {
     const int g = static_cast<int>(lane / 4), t = static_cast<int>(lane % 4);
     for (int half = 0; half < kPerWord; ++half) {
       const int low = kPerWord * t + half, high = low + 4 * kPerWord;
-      p.a.set(g, low, decode(own.a[0], half));
-      p.a.set(g + 8, low, decode(own.a[1], half));
-      p.a.set(g, high, decode(own.a[2], half));
-      p.a.set(g + 8, high, decode(own.a[3], half));
-      p.b.set(low, g, decode(own.b[0], half));
-      p.b.set(high, g, decode(own.b[1], half));
+      p.a.set(g, low, decode(own.a[0], half, own.code));
+      p.a.set(g + 8, low, decode(own.a[1], half, own.code));
+      p.a.set(g, high, decode(own.a[2], half, own.code));
+      p.a.set(g + 8, high, decode(own.a[3], half, own.code));
+      p.b.set(low, g, decode(own.b[0], half, own.code));
+      p.b.set(high, g, decode(own.b[1], half, own.code));
     }
     for (int e = 0; e < 4; ++e) p.d.set(g + e / 2 * 8, 2 * t + e % 2, own.d[e]);
   }
@@ -154,18 +158,18 @@ void multiply(Collective& warp) {
 }  // namespace
 
 void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  Fragments fragments{d, a, {b0, b1}};
-  join_whole_warp("mma.sync.m16n8k16.f16", &fragments, multiply<2, half_f16>);
+  Fragments fragments{d, a, {b0, b1}, __builtin_return_address(0)};
+  join_whole_warp("mma.sync.m16n8k16.f16", &fragments, multiply<2, half_f16>, fragments.code);
 }
 
 void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  Fragments fragments{d, a, {b0, b1}};
-  join_whole_warp("mma.sync.m16n8k16.bf16", &fragments, multiply<2, half_bf16>);
+  Fragments fragments{d, a, {b0, b1}, __builtin_return_address(0)};
+  join_whole_warp("mma.sync.m16n8k16.bf16", &fragments, multiply<2, half_bf16>, fragments.code);
 }
 
 void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  Fragments fragments{d, a, {b0, b1}};
-  join_whole_warp("mma.sync.m16n8k8.tf32", &fragments, multiply<1, whole_tf32>);
+  Fragments fragments{d, a, {b0, b1}, __builtin_return_address(0)};
+  join_whole_warp("mma.sync.m16n8k8.tf32", &fragments, multiply<1, whole_tf32>, fragments.code);
 }
 
 }  // namespace llmkernels::emulator

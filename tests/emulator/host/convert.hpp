@@ -46,13 +46,11 @@ inline uint32_t cvt_rn_bf16x2_f32(float high, float low) {
   return cvt_rn_bf16_f32(high) << 16 | cvt_rn_bf16_f32(low);
 }
 
-// NaN becomes the canonical one.
+// A NaN keeps its upper bits, as in the code that ptxas makes of the instruction.
 inline uint32_t cvt_rna_tf32_f32(float value) {
   const uint32_t bits = __float_as_uint(value);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0x7fffffffu;
-  if (magnitude == 0x7f800000u) return bits;
-  return (bits + 0x1000u) & ~0x1fffu;
+  const bool finite = (bits & 0x7fffffffu) < 0x7f800000u;
+  return (finite ? bits + 0x1000u : bits) & ~0x1fffu;
 }
 
 }  // namespace llmkernels::emulator

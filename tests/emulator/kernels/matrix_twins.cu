@@ -107,6 +107,16 @@ __global__ void zero_fill_forgotten(const __grid_constant__ Probe probe) {
   keep(probe, words);
 }
 
+// Half of a tile's rows; the loader of fragments reads them all.
+template <bool kBug>
+__global__ void tile_not_filled(const __grid_constant__ Probe probe) {
+  uint32_t words[4];
+  if (!kBug || threadIdx.x < 16) fill_row(threadIdx.x);
+  __syncwarp();
+  load_a<32>(words, row_address(0), 0, 0);
+  keep(probe, words);
+}
+
 template <bool kBug>
 __global__ void matrix_past_the_end(const __grid_constant__ Probe probe) {
   uint32_t words[4];
@@ -278,6 +288,7 @@ constexpr Twins kTwins[] = {
     LLMKERNELS_TWINS(matrix_of_own_copies),
     LLMKERNELS_TWINS(copy_over_a_matrix),
     LLMKERNELS_TWINS(zero_fill_forgotten),
+    LLMKERNELS_TWINS(tile_not_filled),
     LLMKERNELS_TWINS(matrix_past_the_end),
     LLMKERNELS_TWINS(matrix_misaligned),
     LLMKERNELS_TWINS(matrix_of_half_a_warp),
