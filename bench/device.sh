@@ -11,7 +11,7 @@ PYTHON=${PYTHON:-python3}
 output=${1:-bench/results/$(date -u +%Y-%m-%d)}
 [ $# -eq 0 ] || shift
 sections=("$@")
-all=(build doctor test_layer_norm test_attention test_attention_decode test_feed_forward bench_layer_norm bench_attention bench_attention_decode bench_feed_forward overhead)
+all=(build doctor wrappers test_layer_norm test_attention test_attention_decode test_feed_forward bench_layer_norm bench_attention bench_attention_decode bench_feed_forward overhead)
 # Asked for by name alone: tune_attention tune_feed_forward, which print rows for the tile tables.
 [ ${#sections[@]} -gt 0 ] || sections=("${all[@]}")
 mkdir -p "$output"
@@ -19,6 +19,11 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 
 run_build() { "$PYTHON" -m llmkernels build; }
 run_doctor() { "$PYTHON" -m llmkernels doctor; }
+# What every instruction of the CUDA C++ kernels does on this GPU, against the manuals.
+run_wrappers() {
+  "$PYTHON" -m llmkernels doctor --wrappers --json >"$output/wrappers.json"
+  "$PYTHON" -m llmkernels doctor --wrappers
+}
 # The tests of GPU code alone: packaging, lint and examples need no GPU and run elsewhere. Most of their time is Triton's
 # compiler, so side by side where pytest-xdist is there; with -x what is red shows early.
 processes=()

@@ -1,6 +1,6 @@
 // Dropout as every op has it (llmkernels/dropout.py): element (i, j) of a matrix of N columns takes
-// word j % 4 of Philox-4x32-7 at counter i * ceil(N / 4) + j / 4, and is kept where the word's upper
-// 31 bits are at least the threshold. Host and device.
+// word j % 4 of Philox-4x32-7 at counter i * ceil(N / 4) + j / 4, and is kept where the word's
+// upper 31 bits are at least the threshold. Host and device.
 #pragma once
 
 #include <cmath>

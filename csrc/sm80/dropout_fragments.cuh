@@ -1,5 +1,5 @@
-// Dropout of accumulators (mma.cuh). A lane has two of the four columns of a quad, so the lanes of a
-// warp draw each quad once and hand the bits around: half of the Philox calls, or a quarter.
+// Dropout of accumulators (mma.cuh). A lane has two of the four columns of a quad, so the lanes of
+// a warp draw each quad once and hand the bits around: half of the Philox calls, or a quarter.
 //
 // ``counter`` is quad_counter of the tile's first row and column, ``quads`` those of a row; the
 // rows of the tile are neighbouring rows of the mask. All 32 lanes take part.
@@ -16,8 +16,8 @@ __device__ __forceinline__ uint32_t kept_16x16(uint64_t seed, uint32_t threshold
                                                uint32_t quads) {
   const uint32_t lane = threadIdx.x % kWarpThreads, g = lane / 4, t = lane % 4;
   const uint64_t row = counter + uint64_t{quads} * g + t;
-  const uint32_t drawn = kept_quad(seed, threshold, row) |
-                         kept_quad(seed, threshold, row + uint64_t{quads} * 8) << 4;
+  const uint32_t drawn =
+      kept_quad(seed, threshold, row) | kept_quad(seed, threshold, row + uint64_t{quads} * 8) << 4;
   uint32_t kept = 0;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {

@@ -28,11 +28,11 @@ struct Words {
 __device__ __forceinline__ float as_float(uint32_t word) { return __uint_as_float(word); }
 
 // f(float) -> float
-#define LLMKERNELS_FLOAT_FUNCTION(function)                                                     \
-  struct Run_##function : Words<1, 1> {                                                         \
-    __device__ static void run(const uint32_t* in, uint32_t* out, unsigned char*) {             \
-      out[0] = __float_as_uint(function(as_float(in[0])));                                      \
-    }                                                                                           \
+#define LLMKERNELS_FLOAT_FUNCTION(function)                                         \
+  struct Run_##function : Words<1, 1> {                                             \
+    __device__ static void run(const uint32_t* in, uint32_t* out, unsigned char*) { \
+      out[0] = __float_as_uint(function(as_float(in[0])));                          \
+    }                                                                               \
   };
 LLMKERNELS_FLOAT_FUNCTION(ex2_approx_ftz_f32)
 LLMKERNELS_FLOAT_FUNCTION(lg2_approx_ftz_f32)
@@ -70,18 +70,17 @@ struct Run_cvt_rna_tf32_f32 : Words<1, 1> {
 // in: seed, counter, each of 64 bits.
 struct Run_philox_4x32_7 : Words<4, 4> {
   __device__ static void run(const uint32_t* in, uint32_t* out, unsigned char*) {
-    const uint4 words =
-        philox_4x32_7(uint64_t{in[1]} << 32 | in[0], uint64_t{in[3]} << 32 | in[2]);
+    const uint4 words = philox_4x32_7(uint64_t{in[1]} << 32 | in[0], uint64_t{in[3]} << 32 | in[2]);
     out[0] = words.x, out[1] = words.y, out[2] = words.z, out[3] = words.w;
   }
 };
 
 // Shuffles take a distance, a lane or a mask that is the same for all lanes; in: value, distance.
-#define LLMKERNELS_SHUFFLE(function)                                                            \
-  struct Run_##function : Words<2, 1> {                                                         \
-    __device__ static void run(const uint32_t* in, uint32_t* out, unsigned char*) {             \
-      out[0] = function(kWholeWarp, in[0], static_cast<int>(in[1]));                            \
-    }                                                                                           \
+#define LLMKERNELS_SHUFFLE(function)                                                \
+  struct Run_##function : Words<2, 1> {                                             \
+    __device__ static void run(const uint32_t* in, uint32_t* out, unsigned char*) { \
+      out[0] = function(kWholeWarp, in[0], static_cast<int>(in[1]));                \
+    }                                                                               \
   };
 LLMKERNELS_SHUFFLE(__shfl_sync)
 LLMKERNELS_SHUFFLE(__shfl_xor_sync)
@@ -90,11 +89,11 @@ LLMKERNELS_SHUFFLE(__shfl_down_sync)
 #undef LLMKERNELS_SHUFFLE
 
 // Votes and reductions of one word, of the type that the function takes.
-#define LLMKERNELS_ALL_LANES(name, function, type)                                              \
-  struct Run_##name : Words<1, 1> {                                                             \
-    __device__ static void run(const uint32_t* in, uint32_t* out, unsigned char*) {             \
-      out[0] = static_cast<uint32_t>(function(kWholeWarp, static_cast<type>(in[0])));           \
-    }                                                                                           \
+#define LLMKERNELS_ALL_LANES(name, function, type)                                    \
+  struct Run_##name : Words<1, 1> {                                                   \
+    __device__ static void run(const uint32_t* in, uint32_t* out, unsigned char*) {   \
+      out[0] = static_cast<uint32_t>(function(kWholeWarp, static_cast<type>(in[0]))); \
+    }                                                                                 \
   };
 LLMKERNELS_ALL_LANES(__ballot_sync, __ballot_sync, int)
 LLMKERNELS_ALL_LANES(__any_sync, __any_sync, int)
@@ -219,10 +218,10 @@ struct Row {
   cudaError_t (*launch)(const Operands&, cudaStream_t);
 };
 
-#define LLMKERNELS_ROW(name)                                                                  \
-  Row {                                                                                       \
-    {#name, Run_##name::kThreads, Run_##name::kInputWords, Run_##name::kOutputWords},         \
-        launch_wrapper<Run_##name>                                                            \
+#define LLMKERNELS_ROW(name)                                                          \
+  Row {                                                                               \
+    {#name, Run_##name::kThreads, Run_##name::kInputWords, Run_##name::kOutputWords}, \
+        launch_wrapper<Run_##name>                                                    \
   }
 constexpr Row kRows[] = {
     LLMKERNELS_ROW(cvt_f32_f16),

@@ -52,10 +52,10 @@ uint32_t bit_of(const Warp& warp, const Collective& collective) {
 
 void finish(Warp& warp, Collective& collective, const Thread* last) {
   if (collective.needs_all && collective.arrived != kAllLanes) {
-    fail("divergent warp", std::string(collective.name) + " is executed by the lanes " +
-                               hexadecimal(collective.arrived) + " of warp " +
-                               std::to_string(block.self().warp) + " of " + block.name() +
-                               " alone; it needs all 32",
+    fail("divergent warp",
+         std::string(collective.name) + " is executed by the lanes " +
+             hexadecimal(collective.arrived) + " of warp " + std::to_string(block.self().warp) +
+             " of " + block.name() + " alone; it needs all 32",
          collective.code);
   }
   collective.complete(collective);
@@ -83,9 +83,9 @@ void join(const char* name, uint32_t mask, bool needs_all, void* argument,
     collective.complete = complete;
     warp.busy |= bit_of(warp, collective);
   } else if (std::strcmp(collective.name, name) != 0) {
-    fail("divergent warp", place(thread) + " is at " + name + ", the lanes " +
-                               hexadecimal(collective.arrived) + " of its mask at " +
-                               collective.name,
+    fail("divergent warp",
+         place(thread) + " is at " + name + ", the lanes " + hexadecimal(collective.arrived) +
+             " of its mask at " + collective.name,
          code);
   }
   collective.arrived |= 1u << thread.lane;

@@ -39,16 +39,17 @@ void issue(int bytes, uint32_t destination_smem, const void* source_gmem, int so
            const void* code) {
   const auto size = static_cast<uint32_t>(bytes);
   if (destination_smem % size != 0 || reinterpret_cast<uintptr_t>(source_gmem) % size != 0) {
-    fail("misaligned", "thread " + std::to_string(current->linear) + " of " + block.name() +
-                           " issues cp.async of " + std::to_string(bytes) +
-                           " bytes with an address that is not a multiple of it",
+    fail("misaligned",
+         "thread " + std::to_string(current->linear) + " of " + block.name() +
+             " issues cp.async of " + std::to_string(bytes) +
+             " bytes with an address that is not a multiple of it",
          code);
   }
-  if (source_bytes < 0 || source_bytes > bytes ||
-      destination_smem > kSharedBytesLimit - size) {
-    fail("bad copy", "thread " + std::to_string(current->linear) + " of " + block.name() +
-                         " issues cp.async of " + std::to_string(source_bytes) +
-                         " bytes to shared address " + std::to_string(destination_smem),
+  if (source_bytes < 0 || source_bytes > bytes || destination_smem > kSharedBytesLimit - size) {
+    fail("bad copy",
+         "thread " + std::to_string(current->linear) + " of " + block.name() +
+             " issues cp.async of " + std::to_string(source_bytes) + " bytes to shared address " +
+             std::to_string(destination_smem),
          code);
   }
   used = true;

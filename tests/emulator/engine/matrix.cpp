@@ -89,14 +89,15 @@ void run(const Transfer& transfer) {
   // Only the first lanes' addresses count where there are fewer than four matrices.
   if (thread.lane < kMatrixRows * transfer.matrices) {
     if (transfer.row_smem % kRowBytes != 0) {
-      fail("misaligned", std::string(transfer.name) + " by " + name_of(thread) +
-                             " with the shared address " + std::to_string(transfer.row_smem) +
-                             ", which is not a multiple of 16",
+      fail("misaligned",
+           std::string(transfer.name) + " by " + name_of(thread) + " with the shared address " +
+               std::to_string(transfer.row_smem) + ", which is not a multiple of 16",
            transfer.code);
     }
     if (transfer.row_smem > kSharedBytesLimit - kRowBytes) {
-      fail("out of bounds", std::string(transfer.name) + " by " + name_of(thread) +
-                                " with the shared address " + std::to_string(transfer.row_smem),
+      fail("out of bounds",
+           std::string(transfer.name) + " by " + name_of(thread) + " with the shared address " +
+               std::to_string(transfer.row_smem),
            transfer.code);
     }
   }

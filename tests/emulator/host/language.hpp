@@ -72,7 +72,7 @@ inline unsigned char* shared_pointer(uint32_t address) { return shared_memory() 
 namespace llmkernels {
 using emulator::shared_address;
 using emulator::shared_pointer;
-}
+}  // namespace llmkernels
 
 #define threadIdx (::llmkernels::emulator::current->index)
 #define blockIdx (::llmkernels::emulator::block_index)

@@ -1,5 +1,5 @@
-// Shuffles, votes and reductions: collectives of the lanes named in a mask. They exchange registers and order
-// no memory.
+// Shuffles, votes and reductions: collectives of the lanes named in a mask. They exchange registers
+// and order no memory.
 #pragma once
 
 #include <cstring>
@@ -77,14 +77,14 @@ inline int __all_sync(unsigned mask, int predicate) {
 }
 
 // redux.sync, of integers.
-#define LLMKERNELS_EMULATOR_REDUCTION(name, type, expression)                           \
-  inline type name(unsigned mask, type value) {                                         \
-    return static_cast<type>(::llmkernels::emulator::warp_reduce(                       \
-        #name, mask, static_cast<uint32_t>(value), [](uint32_t left, uint32_t right) {  \
-          [[maybe_unused]] const auto a = static_cast<type>(left);                      \
-          [[maybe_unused]] const auto b = static_cast<type>(right);                     \
-          return static_cast<uint32_t>(expression);                                     \
-        }));                                                                            \
+#define LLMKERNELS_EMULATOR_REDUCTION(name, type, expression)                          \
+  inline type name(unsigned mask, type value) {                                        \
+    return static_cast<type>(::llmkernels::emulator::warp_reduce(                      \
+        #name, mask, static_cast<uint32_t>(value), [](uint32_t left, uint32_t right) { \
+          [[maybe_unused]] const auto a = static_cast<type>(left);                     \
+          [[maybe_unused]] const auto b = static_cast<type>(right);                    \
+          return static_cast<uint32_t>(expression);                                    \
+        }));                                                                           \
   }
 LLMKERNELS_EMULATOR_REDUCTION(__reduce_add_sync, unsigned, a + b)
 LLMKERNELS_EMULATOR_REDUCTION(__reduce_min_sync, unsigned, a < b ? a : b)
@@ -92,7 +92,7 @@ LLMKERNELS_EMULATOR_REDUCTION(__reduce_max_sync, unsigned, a < b ? b : a)
 LLMKERNELS_EMULATOR_REDUCTION(__reduce_add_sync, int, left + right)  // wraps around
 LLMKERNELS_EMULATOR_REDUCTION(__reduce_min_sync, int, a < b ? a : b)
 LLMKERNELS_EMULATOR_REDUCTION(__reduce_max_sync, int, a < b ? b : a)
-LLMKERNELS_EMULATOR_REDUCTION(__reduce_and_sync, unsigned, a & b)
+LLMKERNELS_EMULATOR_REDUCTION(__reduce_and_sync, unsigned, a& b)
 LLMKERNELS_EMULATOR_REDUCTION(__reduce_or_sync, unsigned, a | b)
 LLMKERNELS_EMULATOR_REDUCTION(__reduce_xor_sync, unsigned, a ^ b)
 #undef LLMKERNELS_EMULATOR_REDUCTION

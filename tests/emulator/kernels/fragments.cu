@@ -127,8 +127,7 @@ __global__ void chained(const __grid_constant__ Probe probe) {
 __global__ void dropout_masks(const __grid_constant__ Probe probe) {
   const uint64_t seed = uint64_t{probe.input[1]} << 32 | probe.input[0];
   const uint32_t threshold = probe.input[2], quads = quads_of_row(static_cast<int>(probe.input[3]));
-  const uint64_t counter =
-      quad_counter(probe.input[4], quads, static_cast<int>(probe.input[5]));
+  const uint64_t counter = quad_counter(probe.input[4], quads, static_cast<int>(probe.input[5]));
   const uint32_t kept = kept_16x16(seed, threshold, counter, quads);
   const uint32_t kept_trans = kept_8x16_trans(seed, threshold, counter, quads);
   for (int e = 0; e < 4; ++e) {

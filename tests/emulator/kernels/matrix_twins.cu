@@ -1,5 +1,5 @@
-// Twins, as in twins.cu, of the instructions that a whole warp executes. A tile of shared memory has
-// 32 rows of 16 bytes, the four matrices of ldmatrix_x4.
+// Twins, as in twins.cu, of the instructions that a whole warp executes. A tile of shared memory
+// has 32 rows of 16 bytes, the four matrices of ldmatrix_x4.
 #include <cstring>
 
 #include "common/launch.cuh"
@@ -282,28 +282,17 @@ struct Twins {
 
 #define LLMKERNELS_TWINS(kernel) {#kernel, go<kernel<false>>, go<kernel<true>>}
 constexpr Twins kTwins[] = {
-    LLMKERNELS_TWINS(matrix_without_warp_sync),
-    LLMKERNELS_TWINS(matrix_without_barrier),
-    LLMKERNELS_TWINS(matrix_before_its_copy),
-    LLMKERNELS_TWINS(matrix_of_own_copies),
-    LLMKERNELS_TWINS(copy_over_a_matrix),
-    LLMKERNELS_TWINS(zero_fill_forgotten),
-    LLMKERNELS_TWINS(tile_not_filled),
-    LLMKERNELS_TWINS(matrix_past_the_end),
-    LLMKERNELS_TWINS(matrix_misaligned),
-    LLMKERNELS_TWINS(matrix_of_half_a_warp),
-    LLMKERNELS_TWINS(two_kinds_of_matrix),
-    LLMKERNELS_TWINS(stored_matrix_read_too_early),
-    LLMKERNELS_TWINS(stored_matrices_overlap),
-    LLMKERNELS_TWINS(stored_matrix_misaligned),
-    LLMKERNELS_TWINS(product_of_half_a_warp),
-    LLMKERNELS_TWINS(two_kinds_of_product),
-    LLMKERNELS_TWINS(tf32_not_rounded),
-    LLMKERNELS_TWINS(copy_4_misaligned),
-    LLMKERNELS_TWINS(copy_8_misaligned),
-    LLMKERNELS_TWINS(words_of_b_exchanged),
-    LLMKERNELS_TWINS(words_of_a_exchanged),
-    LLMKERNELS_TWINS(bank_conflict),
+    LLMKERNELS_TWINS(matrix_without_warp_sync), LLMKERNELS_TWINS(matrix_without_barrier),
+    LLMKERNELS_TWINS(matrix_before_its_copy),   LLMKERNELS_TWINS(matrix_of_own_copies),
+    LLMKERNELS_TWINS(copy_over_a_matrix),       LLMKERNELS_TWINS(zero_fill_forgotten),
+    LLMKERNELS_TWINS(tile_not_filled),          LLMKERNELS_TWINS(matrix_past_the_end),
+    LLMKERNELS_TWINS(matrix_misaligned),        LLMKERNELS_TWINS(matrix_of_half_a_warp),
+    LLMKERNELS_TWINS(two_kinds_of_matrix),      LLMKERNELS_TWINS(stored_matrix_read_too_early),
+    LLMKERNELS_TWINS(stored_matrices_overlap),  LLMKERNELS_TWINS(stored_matrix_misaligned),
+    LLMKERNELS_TWINS(product_of_half_a_warp),   LLMKERNELS_TWINS(two_kinds_of_product),
+    LLMKERNELS_TWINS(tf32_not_rounded),         LLMKERNELS_TWINS(copy_4_misaligned),
+    LLMKERNELS_TWINS(copy_8_misaligned),        LLMKERNELS_TWINS(words_of_b_exchanged),
+    LLMKERNELS_TWINS(words_of_a_exchanged),     LLMKERNELS_TWINS(bank_conflict),
 };
 #undef LLMKERNELS_TWINS
 
