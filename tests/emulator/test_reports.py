@@ -73,6 +73,7 @@ PROGRESS = (
     Twins("tf32_not_rounded", "bad operand", block=32),
     Twins("copy_4_misaligned", "misaligned", shared=256),
     Twins("copy_8_misaligned", "misaligned", shared=512),
+    Twins("copy_to_a_misaligned_place", "misaligned", block=32, shared=1024),
 )
 # Nothing is wrong with these but their results.
 WRONG_RESULT = (

@@ -1,9 +1,6 @@
 // Products of whole tiles through the loaders of csrc/sm80/fragments.cuh, and masks of dropout.
 #include "sm80/fragments.cuh"
 
-#include <cstring>
-
-#include "common/launch.cuh"
 #include "probes.h"
 #include "sm80/cp_async.cuh"
 #include "sm80/dropout_fragments.cuh"
@@ -146,16 +143,6 @@ __global__ void swizzles(const __grid_constant__ Probe probe) {
     probe.output[i] = static_cast<uint32_t>(swizzled<kRowBytes>(i / kChunks, i % kChunks));
 }
 
-template <void (*kernel)(Probe)>
-cudaError_t go(const Probe& probe, const Shape& shape) {
-  return launch(kernel, shape.grid, shape.block, shape.shared_bytes, nullptr, probe);
-}
-
-struct Feature {
-  const char* name;
-  Launcher launcher;
-};
-
 constexpr Feature kFeatures[] = {
     {"product_f16", go<product<Float16, false, false, false>>},
     {"product_f16_trans_a", go<product<Float16, true, false, false>>},
@@ -180,11 +167,6 @@ constexpr Feature kFeatures[] = {
 
 }  // namespace
 
-Launcher find_fragment_feature(const char* name) {
-  for (const Feature& feature : kFeatures) {
-    if (std::strcmp(feature.name, name) == 0) return feature.launcher;
-  }
-  return nullptr;
-}
+Launcher find_fragment_feature(const char* name) { return find(kFeatures, name); }
 
 }  // namespace llmkernels::probes

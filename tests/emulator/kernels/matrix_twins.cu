@@ -1,8 +1,5 @@
 // Twins, as in twins.cu, of the instructions that a whole warp executes. A tile of shared memory
 // has 32 rows of 16 bytes, the four matrices of ldmatrix_x4.
-#include <cstring>
-
-#include "common/launch.cuh"
 #include "probes.h"
 #include "sm80/cp_async.cuh"
 #include "sm80/fragments.cuh"
@@ -232,6 +229,14 @@ __global__ void copy_8_misaligned(const __grid_constant__ Probe probe) {
   small_copy<kBug, 8, cp_async_ca_8>(probe);
 }
 
+template <bool kBug>
+__global__ void copy_to_a_misaligned_place(const __grid_constant__ Probe probe) {
+  cp_async_cg_16(row_address(threadIdx.x) + (kBug ? 8 : 0), probe.input);
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
+  probe.output[threadIdx.x] = shared_words()[4 * threadIdx.x];
+}
+
 // Right and wrong words of fragments: nothing is reported, the product is another.
 template <bool kBug>
 __global__ void words_of_b_exchanged(const __grid_constant__ Probe probe) {
@@ -270,39 +275,34 @@ __global__ void bank_conflict(const __grid_constant__ Probe probe) {
   keep(probe, words);
 }
 
-template <void (*kernel)(Probe)>
-cudaError_t go(const Probe& probe, const Shape& shape) {
-  return launch(kernel, shape.grid, shape.block, shape.shared_bytes, nullptr, probe);
-}
-
-struct Twins {
-  const char* name;
-  Launcher right, bug;
-};
-
-#define LLMKERNELS_TWINS(kernel) {#kernel, go<kernel<false>>, go<kernel<true>>}
 constexpr Twins kTwins[] = {
-    LLMKERNELS_TWINS(matrix_without_warp_sync), LLMKERNELS_TWINS(matrix_without_barrier),
-    LLMKERNELS_TWINS(matrix_before_its_copy),   LLMKERNELS_TWINS(matrix_of_own_copies),
-    LLMKERNELS_TWINS(copy_over_a_matrix),       LLMKERNELS_TWINS(zero_fill_forgotten),
-    LLMKERNELS_TWINS(tile_not_filled),          LLMKERNELS_TWINS(matrix_past_the_end),
-    LLMKERNELS_TWINS(matrix_misaligned),        LLMKERNELS_TWINS(matrix_of_half_a_warp),
-    LLMKERNELS_TWINS(two_kinds_of_matrix),      LLMKERNELS_TWINS(stored_matrix_read_too_early),
-    LLMKERNELS_TWINS(stored_matrices_overlap),  LLMKERNELS_TWINS(stored_matrix_misaligned),
-    LLMKERNELS_TWINS(product_of_half_a_warp),   LLMKERNELS_TWINS(two_kinds_of_product),
-    LLMKERNELS_TWINS(tf32_not_rounded),         LLMKERNELS_TWINS(copy_4_misaligned),
-    LLMKERNELS_TWINS(copy_8_misaligned),        LLMKERNELS_TWINS(words_of_b_exchanged),
-    LLMKERNELS_TWINS(words_of_a_exchanged),     LLMKERNELS_TWINS(bank_conflict),
+    LLMKERNELS_TWINS(matrix_without_warp_sync),
+    LLMKERNELS_TWINS(matrix_without_barrier),
+    LLMKERNELS_TWINS(matrix_before_its_copy),
+    LLMKERNELS_TWINS(matrix_of_own_copies),
+    LLMKERNELS_TWINS(copy_over_a_matrix),
+    LLMKERNELS_TWINS(zero_fill_forgotten),
+    LLMKERNELS_TWINS(tile_not_filled),
+    LLMKERNELS_TWINS(matrix_past_the_end),
+    LLMKERNELS_TWINS(matrix_misaligned),
+    LLMKERNELS_TWINS(matrix_of_half_a_warp),
+    LLMKERNELS_TWINS(two_kinds_of_matrix),
+    LLMKERNELS_TWINS(stored_matrix_read_too_early),
+    LLMKERNELS_TWINS(stored_matrices_overlap),
+    LLMKERNELS_TWINS(stored_matrix_misaligned),
+    LLMKERNELS_TWINS(product_of_half_a_warp),
+    LLMKERNELS_TWINS(two_kinds_of_product),
+    LLMKERNELS_TWINS(tf32_not_rounded),
+    LLMKERNELS_TWINS(copy_to_a_misaligned_place),
+    LLMKERNELS_TWINS(copy_4_misaligned),
+    LLMKERNELS_TWINS(copy_8_misaligned),
+    LLMKERNELS_TWINS(words_of_b_exchanged),
+    LLMKERNELS_TWINS(words_of_a_exchanged),
+    LLMKERNELS_TWINS(bank_conflict),
 };
-#undef LLMKERNELS_TWINS
 
 }  // namespace
 
-Launcher find_matrix_twin(const char* name, bool bug) {
-  for (const Twins& twins : kTwins) {
-    if (std::strcmp(twins.name, name) == 0) return bug ? twins.bug : twins.right;
-  }
-  return nullptr;
-}
+Launcher find_matrix_twin(const char* name, bool bug) { return find(kTwins, name, bug); }
 
 }  // namespace llmkernels::probes
