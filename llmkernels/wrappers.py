@@ -40,7 +40,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A row: the function of csrc or of CUDA, its mnemonic in the PTX manual, and its launches."""
+    """A row: the function of csrc or of CUDA, the PTX that it is (empty: a whole function), its launches."""
 
     name: str
     mnemonic: str
@@ -381,9 +381,9 @@ INSTRUCTIONS = (
     ),
     Instruction("tanh_approx_f32", "tanh.approx.f32", _approximate(torch.tanh, -4, 4, 2.0**-10.987)),
     Instruction("rsqrtf", "rsqrt.approx.f32", _approximate(torch.rsqrt, 0, 9, 2 * _ONE_ULP)),
-    Instruction("erff", "CUDA's erff", _approximate(torch.erf, -4, 4, 2 * _ONE_ULP, 2.0**-148)),
-    Instruction("tanhf", "CUDA's tanhf", _approximate(torch.tanh, -4, 4, 2 * _ONE_ULP, 2.0**-148)),
-    Instruction("philox_4x32_7", "Philox-4x32-7", _philox),
+    Instruction("erff", "", _approximate(torch.erf, -4, 4, 2 * _ONE_ULP, 2.0**-148)),
+    Instruction("tanhf", "", _approximate(torch.tanh, -4, 4, 2 * _ONE_ULP, 2.0**-148)),
+    Instruction("philox_4x32_7", "", _philox),
     Instruction("__shfl_sync", "shfl.sync.idx.b32", _shuffle(lambda lanes, lane: lanes * 0 + lane)),
     Instruction("__shfl_xor_sync", "shfl.sync.bfly.b32", _shuffle(lambda lanes, mask: lanes ^ mask)),
     Instruction("__shfl_up_sync", "shfl.sync.up.b32", _shuffle(lambda lanes, delta: lanes - delta)),
@@ -402,22 +402,26 @@ INSTRUCTIONS = (
     Instruction("__reduce_or_sync", "redux.sync.or.b32", _of_all(_fold(lambda a, b: a | b))),
     Instruction("__reduce_xor_sync", "redux.sync.xor.b32", _of_all(_fold(lambda a, b: a ^ b))),
     Instruction("bar_sync", "bar.sync", _barrier),
-    Instruction("cp_async_ca_4", "cp.async.ca.shared.global 4", _copies),
-    Instruction("cp_async_ca_8", "cp.async.ca.shared.global 8", _copies),
-    Instruction("cp_async_cg_16", "cp.async.cg.shared.global 16", _copies),
-    Instruction("ldmatrix_x1", "ldmatrix.m8n8.x1.b16", _load_matrix(1)),
-    Instruction("ldmatrix_x2", "ldmatrix.m8n8.x2.b16", _load_matrix(2)),
-    Instruction("ldmatrix_x4", "ldmatrix.m8n8.x4.b16", _load_matrix(4)),
-    Instruction("ldmatrix_x1_trans", "ldmatrix.m8n8.x1.trans.b16", _load_matrix(1, True)),
-    Instruction("ldmatrix_x2_trans", "ldmatrix.m8n8.x2.trans.b16", _load_matrix(2, True)),
-    Instruction("ldmatrix_x4_trans", "ldmatrix.m8n8.x4.trans.b16", _load_matrix(4, True)),
-    Instruction("stmatrix_x4", "stmatrix.m8n8.x4.b16", _store_matrix()),
-    Instruction("stmatrix_x4_trans", "stmatrix.m8n8.x4.trans.b16", _store_matrix(True)),
-    Instruction("stmatrix_x4_by_shuffles", "shfl.sync, st.shared.b32", _store_matrix()),
-    Instruction("stmatrix_x4_trans_by_shuffles", "shfl.sync, st.shared.b16", _store_matrix(True)),
-    Instruction("mma_m16n8k16_f16", "mma.m16n8k16.f32.f16.f16.f32", _products(torch.float16)),
-    Instruction("mma_m16n8k16_bf16", "mma.m16n8k16.f32.bf16.bf16.f32", _products(torch.bfloat16)),
-    Instruction("mma_m16n8k8_tf32", "mma.m16n8k8.f32.tf32.tf32.f32", _products(None)),
+    Instruction("cp_async_ca_4", "cp.async.ca.shared.global", _copies),
+    Instruction("cp_async_ca_8", "cp.async.ca.shared.global", _copies),
+    Instruction("cp_async_cg_16", "cp.async.cg.shared.global", _copies),
+    Instruction("ldmatrix_x1", "ldmatrix.sync.aligned.m8n8.x1.shared.b16", _load_matrix(1)),
+    Instruction("ldmatrix_x2", "ldmatrix.sync.aligned.m8n8.x2.shared.b16", _load_matrix(2)),
+    Instruction("ldmatrix_x4", "ldmatrix.sync.aligned.m8n8.x4.shared.b16", _load_matrix(4)),
+    Instruction("ldmatrix_x1_trans", "ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16", _load_matrix(1, True)),
+    Instruction("ldmatrix_x2_trans", "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16", _load_matrix(2, True)),
+    Instruction("ldmatrix_x4_trans", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", _load_matrix(4, True)),
+    Instruction("stmatrix_x4", "stmatrix.sync.aligned.m8n8.x4.shared.b16", _store_matrix()),
+    Instruction("stmatrix_x4_trans", "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16", _store_matrix(True)),
+    Instruction("stmatrix_x4_by_shuffles", "shfl.sync.idx.b32", _store_matrix()),
+    Instruction("stmatrix_x4_trans_by_shuffles", "shfl.sync.idx.b32", _store_matrix(True)),
+    Instruction(
+        "mma_m16n8k16_f16", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", _products(torch.float16)
+    ),
+    Instruction(
+        "mma_m16n8k16_bf16", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", _products(torch.bfloat16)
+    ),
+    Instruction("mma_m16n8k8_tf32", "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", _products(None)),
 )
 
 
