@@ -119,3 +119,19 @@ def test_infinities_and_overflow(module: ModuleType) -> None:
     largest = 2.0**127
     a, b, d = _first_row(16, [largest, largest] + [0.0] * 6 + [-largest], 0.0)
     assert multiply(module, "mma_m16n8k16_bf16", a, b, d)[0, 0].item() == math.inf
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_other_sums_do_not_notice_a_nan(module: ModuleType, name: str) -> None:
+    """Not to the bit: what a masked slot holds must not change its neighbours."""
+    depth = 8 if DTYPES[name] is None else 16
+    random = torch.Generator().manual_seed(7)
+    a, b, d = (torch.randn(shape, generator=random) for shape in ((16, depth), (depth, 8), (16, 8)))
+    a, b = (matrix.to(torch.bfloat16).double() for matrix in (a, b))
+    clean = multiply(module, name, a, b, d)
+    a[3, 5], b[2, 6] = math.nan, math.inf
+    spoilt = multiply(module, name, a, b, d)
+    places = torch.arange(16 * 8).view(16, 8)
+    touched = torch.isin(_accumulators(places), torch.cat((places[3], places[:, 6])))
+    assert torch.equal(clean[~touched], spoilt[~touched])
+    assert not spoilt[touched].isfinite().any()

@@ -93,13 +93,38 @@ void add_block(Problem& p, int row, int first, int count) {
   }
 }
 
-// With infinities or NaN anywhere: their rules, in float32. NaN is the canonical one.
+void add_blocks(Problem& p, int depth) {
+  for (int row = 0; row < kRows; ++row) {
+    for (int first = 0; first < depth; first += depth / 2) add_block(p, row, first, depth / 2);
+  }
+}
+
+template <int kOuter, int kInner>
+void drop_nonfinite(Operand<kOuter, kInner>& operand) {
+  for (int i = 0; i < kOuter; ++i) {
+    for (int j = 0; j < kInner; ++j)
+      if (!std::isfinite(operand.values[i][j])) operand.set(i, j, 0.0f);
+  }
+}
+
+// With infinities or NaN somewhere: sums that meet one follow their rules, in float32, and NaN is
+// the canonical one. All others are what they are beside finite ones.
 void add_special(Problem& p, int depth) {
+  const Problem given = p;
+  drop_nonfinite(p.a);
+  drop_nonfinite(p.b);
+  drop_nonfinite(p.d);
+  add_blocks(p, depth);
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kColumns; ++j) {
-      float sum = p.d.values[i][j];
-      for (int k = 0; k < depth; ++k) sum += p.a.values[i][k] * p.b.values[k][j];
-      p.d.values[i][j] = std::isnan(sum) ? __uint_as_float(0x7fffffffu) : sum;
+      float sum = given.d.values[i][j];
+      bool is_special = !std::isfinite(sum);
+      for (int k = 0; k < depth; ++k) {
+        const float a = given.a.values[i][k], b = given.b.values[k][j];
+        is_special = is_special || !std::isfinite(a) || !std::isfinite(b);
+        sum += a * b;
+      }
+      if (is_special) p.d.values[i][j] = std::isnan(sum) ? __uint_as_float(0x7fffffffu) : sum;
     }
   }
 }
@@ -125,7 +150,7 @@ float whole_tf32(uint32_t word, int, const void* code) {
 // A word holds kPerWord neighbouring elements of K.
 template <int kPerWord, float (*decode)(uint32_t, int, const void*)>
 void multiply(Collective& warp) {
-  constexpr int kDepth = 8 * kPerWord, kBlock = kDepth / 2;
+  constexpr int kDepth = 8 * kPerWord;
   Problem p;
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     const auto& own = warp.argument<Fragments>(lane);
@@ -142,9 +167,7 @@ void multiply(Collective& warp) {
     for (int e = 0; e < 4; ++e) p.d.set(g + e / 2 * 8, 2 * t + e % 2, own.d[e]);
   }
   if (p.a.finite && p.b.finite && p.d.finite) {
-    for (int row = 0; row < kRows; ++row) {
-      for (int first = 0; first < kDepth; first += kBlock) add_block(p, row, first, kBlock);
-    }
+    add_blocks(p, kDepth);
   } else {
     add_special(p, kDepth);
   }
