@@ -10,11 +10,15 @@ import functools
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 
 from . import build
+
+# csrc/common/dtype.h.
+DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 @functools.cache
@@ -97,7 +101,25 @@ def device_obstacle(device: torch.device) -> str | None:
     return None
 
 
+def _current_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+@functools.cache
+def _streams() -> Callable[[int], int]:
+    """The emulator has no streams."""
+    if is_emulated():
+        return lambda device: 0
+    # What current_stream() wraps in an object, at a tenth of its cost.
+    return getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
+
+
+def current_stream(device: int) -> int:
+    """The handle of the current stream of the device with this index, as the module's functions take it."""
+    return _streams()(device)
+
+
 def forget() -> None:
     """Loads anew at the next use; for tests that change LLMKERNELS_EXTENSION."""
-    _load.cache_clear()
-    device_obstacle.cache_clear()
+    for cache in (_load, device_obstacle, _streams):
+        cache.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,22 @@ def built(make: Callable[[], Path]) -> ModuleType:
         if "the emulator needs" in str(error):
             pytest.skip(str(error))
         raise
+
+
+def kernels(module: ModuleType, *prefixes: str) -> dict[str, bool]:
+    """The module's kernels whose names begin with one of the prefixes, each instantiation by itself: whether
+    it has been launched."""
+    command = ["nm", "-C", str(module.__file__)]
+    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    launched = module.emulator.launched()
+    found = {}
+    for line in symbols.splitlines():
+        address, _, name = line.partition(" ")
+        function = name[2:].partition("(")[0].partition("<")[0].rpartition("::")[2]
+        # Lambdas within kernels have longer names.
+        if function.startswith(prefixes) and function.endswith("_kernel") and name.endswith(")"):
+            found[name[2:]] = int(address, 16) in launched
+    return found
 
 
 @pytest.fixture(scope="session")
