@@ -31,14 +31,10 @@ limit=590
 
 python() { timeout "$limit" "$PYTHON" "$@"; }
 run_build() { python -m llmkernels build; }
-# Each PTX wrapper of csrc, the instruction beside its emulation.
+# What every instruction of the CUDA C++ kernels does on this GPU, against the manuals.
 run_wrappers() {
-  if python -m llmkernels doctor --help | grep -q -- --wrappers; then
-    python -m llmkernels doctor --wrappers
-  else
-    echo "doctor has no --wrappers in this checkout"
-    return 1
-  fi
+  python -m llmkernels doctor --wrappers --json >"$output/wrappers.json"
+  python -m llmkernels doctor --wrappers
 }
 run_doctor() { python -m llmkernels doctor; }
 # Most of their time is Triton's compiler, so side by side where pytest-xdist is there; with -x what is red shows early.
@@ -46,7 +42,7 @@ processes=()
 ! "$PYTHON" -c 'import xdist' 2>/dev/null || processes=(-n 8)
 test_files() { python -m pytest -q -x ${processes[@]+"${processes[@]}"} -k "not tiles" "$@"; }
 run_test_layer_norm() { test_files tests/ops/test_layer_norm*.py tests/test_dispatch.py; }
-run_test_attention() { test_files tests/ops/test_attention.py tests/ops/test_attention_t*.py; }
+run_test_attention() { test_files tests/ops/test_attention.py tests/ops/test_attention_[ct]*.py; }
 run_test_attention_decode() { test_files tests/ops/test_attention_decode*.py; }
 run_test_feed_forward() { test_files tests/ops/test_feed_forward*.py; }
 run_test_nn() { test_files tests/nn; }

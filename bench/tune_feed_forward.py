@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from llmkernels.ops.feed_forward import tiles, triton_kernels
-from llmkernels.ops.feed_forward.call import ACTIVATIONS, FeedForwardCall
+from llmkernels.ops.feed_forward.call import ACTIVATIONS, FeedForwardCall, product_kind
 from llmkernels.ops.feed_forward.tiles import GemmTile
-from llmkernels.ops.feed_forward.triton_common import product_kind
 
 from . import tuning
 

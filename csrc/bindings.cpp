@@ -4,12 +4,17 @@
 #include "common/platform.cuh"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "attention/bindings.h"
+#include "common/host.h"
+#include "feed_forward/bindings.h"
 #include "layer_norm/layer_norm.h"
+#include "wrappers/wrappers.h"
 
 #ifdef LLMKERNELS_EMULATOR
 #include "emulator_bindings.hpp"
@@ -24,53 +29,6 @@ namespace llmkernels {
 namespace {
 
 namespace py = pybind11;
-
-std::string describe(cudaError_t error) {
-  std::ostringstream text;
-  text << "CUDA error " << static_cast<int>(error) << " (" << cudaGetErrorString(error) << ")";
-  return text.str();
-}
-
-void check(cudaError_t error, const char* function) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(function) + ": " + describe(error));
-}
-
-// The tensors' device for the time of a launch, then the caller's again.
-class DeviceGuard {
- public:
-  DeviceGuard(int device, const char* function) {
-    int current = 0;
-    check(cudaGetDevice(&current), function);
-    if (current == device) return;
-    check(cudaSetDevice(device), function);
-    previous_ = current;
-  }
-  ~DeviceGuard() {
-    if (previous_ >= 0) static_cast<void>(cudaSetDevice(previous_));
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = -1;
-};
-
-Matrix matrix(uintptr_t data, int64_t row_stride, int dtype) {
-  return {reinterpret_cast<void*>(data), row_stride, static_cast<Dtype>(dtype)};
-}
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-std::ostream& operator<<(std::ostream& text, const Matrix& matrix) {
-  static constexpr const char* kNames[] = {"float16", "bfloat16", "float32"};
-  if (matrix.data == nullptr) return text << "none";
-  return text << kNames[static_cast<int>(matrix.dtype)] << " at " << matrix.data
-              << " with row stride " << matrix.row_stride;
-}
 
 // Blocks are numbered with 31 bits, and the columns of a row with 30 so that the end of its last
 // tile can be too.
@@ -160,6 +118,24 @@ int partial_rows(int64_t m, int64_t n, int dtype, int device) {
   return rows;
 }
 
+// (name, threads, input words, output words) of each row of wrappers.h.
+py::list wrapper_table() {
+  py::list list;
+  for (int i = 0; i < wrapper_count(); ++i) {
+    const Wrapper& row = wrapper(i);
+    list.append(py::make_tuple(row.name, row.threads, row.input_words, row.output_words));
+  }
+  return list;
+}
+
+void run_one_wrapper(const std::string& name, uintptr_t input, uintptr_t output, int device,
+                     uintptr_t stream) {
+  const DeviceGuard guard(device, name.c_str());
+  check(run_wrapper(name.c_str(), pointer<const uint32_t>(input), pointer<uint32_t>(output),
+                    pointer<CUstream_st>(stream)),
+        name.c_str());
+}
+
 bool is_emulated() {
 #ifdef LLMKERNELS_EMULATOR
   return true;
@@ -192,6 +168,12 @@ PYBIND11_MODULE(_C, m) {
         "Launches one backward; operands as layer_norm.h.");
   m.def("layer_norm_partial_rows", &llmkernels::partial_rows,
         "Rows of the partial sums that backward of [m, n] in z's dtype takes on the device.");
+  llmkernels::bind_attention(m);
+  llmkernels::bind_feed_forward(m);
+  m.def("wrappers", &llmkernels::wrapper_table,
+        "Every instruction with a kernel of its own: (name, threads, input words, output words).");
+  m.def("run_wrapper", &llmkernels::run_one_wrapper,
+        "Launches the kernel of one instruction; operands as csrc/wrappers/wrappers.h.");
   m.def("is_emulated", &llmkernels::is_emulated,
         "Whether the kernels run on the CPU (tests/emulator).");
   m.def("architectures", &llmkernels::architectures,

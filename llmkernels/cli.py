@@ -24,6 +24,11 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="say what works on this machine and run every kernel against the reference"
     )
     doctor.add_argument("--json", action="store_true", help="the report as JSON")
+    doctor.add_argument(
+        "--wrappers",
+        action="store_true",
+        help="instead, run each instruction of the CUDA C++ kernels by itself, on the GPU or the emulator",
+    )
 
     build = commands.add_parser("build", help="compile the CUDA C++ kernels with nvcc")
     build.add_argument(
@@ -46,6 +51,19 @@ def _doctor(json: bool) -> int:
     report = doctor.examine()
     print(doctor.as_json(report) if json else doctor.as_text(report))
     return 0 if report.healthy else 1
+
+
+def _wrappers(json: bool) -> int:
+    from . import doctor, wrappers
+
+    device = doctor.chosen_device()
+    try:
+        outcomes = wrappers.check(device)
+    except RuntimeError as error:
+        print(f"llmkernels doctor --wrappers: {error}", file=sys.stderr)
+        return 1
+    print(wrappers.as_json(outcomes, device) if json else wrappers.as_text(outcomes, device))
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 
 def _build(architectures: str | None, jobs: str | None, output: Path | None) -> int:
@@ -94,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"llmkernels {build.version()}")
         return 0
     if chosen.command == "doctor":
-        return _doctor(chosen.json)
+        return _wrappers(chosen.json) if chosen.wrappers else _doctor(chosen.json)
     if chosen.command == "build":
         return _build(chosen.architectures, chosen.jobs, chosen.output)
     parser.print_help()

@@ -123,7 +123,8 @@ def _module() -> tuple[str | None, tuple[str, ...]]:
     return path, tuple(remarks)
 
 
-def _device() -> torch.device:
+def chosen_device() -> torch.device:
+    """Where kernels are tried: the current GPU, or the CPU where torch sees none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -143,14 +144,14 @@ def _choices() -> dict[str, str]:
     found = {}
     for op, (api, selfcheck) in _ops().items():
         with dispatch.explain() as calls:
-            dispatch.choose(selfcheck.example_call(_device()), api.KERNELS, api.AUTOMATIC, None)
+            dispatch.choose(selfcheck.example_call(chosen_device()), api.KERNELS, api.AUTOMATIC, None)
         found[op] = f"{calls[0].backend} ({calls[0].reason})"
     return found
 
 
 def _run_kernels(backend: str) -> None:
     """In a process of its own: prints one JSON line for each op's reasons and for each kernel call."""
-    device = _device()
+    device = chosen_device()
     for op, (api, selfcheck) in _ops().items():
         reasons = dispatch.support(selfcheck.example_call(device), dict(api.KERNELS))[backend]
         print(json.dumps({"op": op, "reasons": reasons}), flush=True)

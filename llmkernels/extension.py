@@ -10,11 +10,16 @@ import functools
 import importlib.util
 import os
 import re
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from . import build
+
+# csrc/common/dtype.h.
+DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 @functools.cache
@@ -24,14 +29,26 @@ def _load() -> ModuleType | str:
         built = path or build.find_module()
         if built is None:
             return f"the CUDA C++ kernels are not there: {build.why_missing()}"
-        spec = importlib.util.spec_from_file_location("llmkernels._C", built)
-        if spec is None or spec.loader is None:
-            return f"LLMKERNELS_EXTENSION: expected the path of an extension module, got {path!r}"
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return module_at(str(built))
+    except ValueError as error:
+        return f"LLMKERNELS_EXTENSION: {error}"
     except (ImportError, OSError) as error:
         return f"the CUDA C++ kernels can't be loaded: {error}"
+
+
+@functools.cache
+def module_at(path: str) -> ModuleType:
+    """The extension module in this file, initialised once in a process, which pybind11 refuses to do again.
+
+    Raises ValueError where it is no such file, ImportError or OSError where it can't be loaded.
+    """
+    # Named after its folder (llmkernels, if installed): pybind11 takes two modules of one name for one.
+    spec = importlib.util.spec_from_file_location(f"{Path(path).parent.name}._C", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"expected the path of an extension module, got {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def load() -> ModuleType:
@@ -97,7 +114,25 @@ def device_obstacle(device: torch.device) -> str | None:
     return None
 
 
+def _current_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+@functools.cache
+def _streams() -> Callable[[int], int]:
+    """The emulator has no streams."""
+    if is_emulated():
+        return lambda device: 0
+    # What current_stream() wraps in an object, at a tenth of its cost.
+    return getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
+
+
+def current_stream(device: int) -> int:
+    """The handle of the current stream of the device with this index, as the module's functions take it."""
+    return _streams()(device)
+
+
 def forget() -> None:
     """Loads anew at the next use; for tests that change LLMKERNELS_EXTENSION."""
-    _load.cache_clear()
-    device_obstacle.cache_clear()
+    for cache in (_load, device_obstacle, _streams):
+        cache.cache_clear()

@@ -21,8 +21,9 @@ CSRC = ROOT / "csrc"
 ALLOWED: dict[str, tuple[str, ...]] = {
     "llmkernels": ("dispatch", "nn", "ops.*.api", "replacement"),
     "llmkernels.__main__": ("cli",),
-    "llmkernels.cli": ("build", "doctor"),
+    "llmkernels.cli": ("build", "doctor", "wrappers"),
     "llmkernels.doctor": ("build", "dispatch", "extension", "ops"),
+    "llmkernels.wrappers": ("dropout", "extension"),
     "llmkernels.replacement*": (
         *("replacement", "replacement.*", "nn", "nn.*", "ops.*.api"),
         *("checks", "dispatch", "extension", "interpreter", "testing"),

@@ -1,5 +1,5 @@
-// float16 and bfloat16 to and from float32, rounding to nearest even, NaN kept. All arithmetic is
-// in float32.
+// float16 and bfloat16 to and from float32, rounding to nearest even, NaN kept, and rounding to
+// tf32. All arithmetic is in float32.
 #pragma once
 
 #include "platform.cuh"
@@ -36,46 +36,10 @@ __host__ __device__ constexpr int bytes_of(Dtype dtype) { return dtype == Dtype:
 
 #ifdef LLMKERNELS_EMULATOR
 
-// The value of a binary16: exact, since binary32 holds every one of them.
-inline float cvt_f32_f16(uint16_t bits) {
-  const uint32_t sign = uint32_t{bits & 0x8000u} << 16;
-  const uint32_t exponent = (bits >> 10) & 0x1f;
-  const uint32_t fraction = bits & 0x3ffu;
-  if (exponent == 0x1f) return __uint_as_float(sign | 0x7f800000u | (fraction << 13));
-  if (exponent != 0) return __uint_as_float(sign | ((exponent + 112) << 23) | (fraction << 13));
-  const float magnitude =
-      static_cast<float>(fraction) * 5.9604644775390625e-8f;  // subnormal: 2^-24
-  return sign ? -magnitude : magnitude;
-}
-
-inline uint16_t cvt_rn_f16_f32(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0x7fff;
-  if (magnitude >= 0x477ff000u) return sign | 0x7c00;  // from 65520 on the nearest is infinity
-  if (magnitude < 0x38800000u) {
-    // Below 2^-14: adding 0.5 lets the float addition round at 2^-24, the subnormal step.
-    const float shifted = __uint_as_float(magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (__float_as_uint(shifted) - 0x3f000000u));
-  }
-  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
-}
-
-inline uint32_t cvt_rn_bf16_f32(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
-
-inline uint32_t cvt_rn_f16x2_f32(float high, float low) {
-  return uint32_t{cvt_rn_f16_f32(high)} << 16 | cvt_rn_f16_f32(low);
-}
-
-inline uint32_t cvt_rn_bf16x2_f32(float high, float low) {
-  return cvt_rn_bf16_f32(high) << 16 | cvt_rn_bf16_f32(low);
-}
+using emulator::cvt_f32_f16;
+using emulator::cvt_rn_bf16x2_f32;
+using emulator::cvt_rn_f16x2_f32;
+using emulator::cvt_rna_tf32_f32;
 
 #else
 
@@ -97,7 +61,30 @@ __device__ __forceinline__ uint32_t cvt_rn_bf16x2_f32(float high, float low) {
   return word;
 }
 
+// To tf32, the nearest, ties away from zero: a float32 whose lower 13 bits are zero, as mma.sync
+// wants it.
+__device__ __forceinline__ uint32_t cvt_rna_tf32_f32(float value) {
+  uint32_t word;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(value));
+  return word;
+}
+
 #endif
+
+// Two neighbouring elements of 16 bits in a word, the lower column in the lower half.
+template <typename Element>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  if constexpr (Element::dtype({}) == Dtype::kBFloat16) return cvt_rn_bf16x2_f32(high, low);
+  return cvt_rn_f16x2_f32(high, low);
+}
+
+template <typename Element>
+__device__ __forceinline__ float2 unpack_pair(uint32_t word) {
+  if constexpr (Element::dtype({}) == Dtype::kBFloat16)
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+  return make_float2(cvt_f32_f16(static_cast<uint16_t>(word)),
+                     cvt_f32_f16(static_cast<uint16_t>(word >> 16)));
+}
 
 // Adjacent columns of one thread as they lie in memory: a word each in float32, else two in a word,
 // the lower column in the lower half, so that a 16-bit dtype leaves the upper half of the words

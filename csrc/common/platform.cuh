@@ -30,6 +30,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Back from it.
+__device__ __forceinline__ unsigned char* shared_pointer(uint32_t address) {
+  return static_cast<unsigned char*>(__cvta_shared_to_generic(address));
+}
+
 }  // namespace llmkernels
 #endif
 

@@ -1,5 +1,6 @@
-// Sums over the threads that share a row. The order of the additions is fixed, and every thread
-// gets the same bits.
+// Sums and maxima over the threads that share a row. The order of the additions is fixed, and every
+// thread gets the same bits. Of integers, CUDA's own __reduce_add_sync and its like take one
+// instruction.
 #pragma once
 
 #include "platform.cuh"
@@ -16,6 +17,17 @@ __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int offset = kWidth / 2; offset > 0; offset /= 2) {
     value += __shfl_xor_sync(kFullWarp, value, offset);
+  }
+  return value;
+}
+
+// NaN is passed over, unless all are NaN.
+template <int kWidth>
+__device__ __forceinline__ float warp_max(float value) {
+  static_assert(kWidth <= kWarpThreads && (kWidth & (kWidth - 1)) == 0);
+#pragma unroll
+  for (int offset = kWidth / 2; offset > 0; offset /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, offset));
   }
   return value;
 }

@@ -1,8 +1,7 @@
-// The dropout stream of the reference: element (i, j) takes word j % 4 of counter i * ceil(N / 4) +
-// j / 4.
+// Dropout (../common/dropout.h) of the columns that a thread owns.
 #pragma once
 
-#include "../common/philox.cuh"
+#include "../common/dropout.cuh"
 #include "../common/vector.cuh"
 #include "layer_norm.h"
 
@@ -14,16 +13,12 @@ template <int kColumns>
 __device__ __forceinline__ uint32_t kept_columns(const Dropout& dropout, int64_t row, int n,
                                                  const Slot& slot) {
   const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
-  const uint64_t row_counter = static_cast<uint64_t>(row) * static_cast<uint32_t>((n + 3) / 4);
+  const uint64_t row_counter = quad_counter(row, quads_of_row(n), 0);
   uint32_t kept = 0;
 #pragma unroll 1
   for (int j = 0; j < kColumns; j += 4) {
-    const uint4 words =
-        philox_4x32_7(seed, row_counter + static_cast<uint32_t>((slot.first + j) / 4));
-    uint32_t quad = uint32_t{words.x >> 1 >= dropout.threshold} |
-                    uint32_t{words.y >> 1 >= dropout.threshold} << 1 |
-                    uint32_t{words.z >> 1 >= dropout.threshold} << 2 |
-                    uint32_t{words.w >> 1 >= dropout.threshold} << 3;
+    uint32_t quad = kept_quad(seed, dropout.threshold,
+                              row_counter + static_cast<uint32_t>((slot.first + j) / 4));
     if constexpr (kColumns == 1) quad >>= slot.first % 4;
     kept |= quad << j;
   }

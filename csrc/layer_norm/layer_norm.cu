@@ -1,64 +1,19 @@
 // The host side of the op, and the kernel that adds up the partial rows of backward.
-#include <cmath>
 #include <initializer_list>
 
 #include "../common/launch.cuh"
+#include "../common/partial_rows.cuh"
 #include "plan.cuh"
 
 namespace llmkernels {
 
-// dweight and dbias: partial_rows rows added in a fixed order, kFinalizeColumns columns and one of
-// the two a block.
-__global__ void __launch_bounds__(kFinalizeColumns* kFinalizeRows)
+// dweight and dbias, one of the two a row of blocks.
+__global__ void __launch_bounds__(kPartialThreads)
     layer_norm_finalize_kernel(const __grid_constant__ LayerNormBackward p) {
   LLMKERNELS_SHARED(shared);
-  float (*sums)[kFinalizeColumns] = reinterpret_cast<float (*)[kFinalizeColumns]>(shared);
   const bool is_weight = p.dweight_partial.data != nullptr && blockIdx.y == 0;
-  const Matrix& partial = is_weight ? p.dweight_partial : p.dbias_partial;  // [partial_rows, N]
-  const Matrix& total = is_weight ? p.dweight : p.dbias;                    // [N]
-  const int lane = threadIdx.x % kFinalizeColumns;
-  const int line = threadIdx.x / kFinalizeColumns;
-  const Slot slot = slot_of<1>(blockIdx.x, kFinalizeColumns, lane, p.n);
-
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int row = line; row < p.partial_rows; row += kFinalizeRows) {
-    float value[1];
-    load_values(partial, row, slot, value);
-    sum += value[0];
-  }
-  sums[line][lane] = sum;
-  __syncthreads();
-#pragma unroll
-  for (int half = kFinalizeRows / 2; half > 0; half /= 2) {
-    if (line < half) sums[line][lane] += sums[line + half][lane];
-    __syncthreads();
-  }
-  if (line == 0) store_values<1>(total, 0, slot, {sums[0][lane]});
-}
-
-Dropout make_dropout(const int64_t* seed, double dropout_p) {
-  Dropout dropout;
-  if (seed == nullptr) return dropout;
-  constexpr double kWords = 2147483648.0;  // 31 bits
-  dropout.seed = seed;
-  dropout.threshold =
-      static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * kWords), kWords - 1.0));
-  dropout.scale = dropout_p == 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - dropout_p));
-  return dropout;
-}
-
-static cudaError_t current_device(Device* device) {
-  int index = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device->block_shared_bytes,
-                                   cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  }
-  return error;
+  add_partial_rows(is_weight ? p.dweight_partial : p.dbias_partial, p.partial_rows,
+                   is_weight ? p.dweight : p.dbias, p.n, blockIdx.x, shared);
 }
 
 // The Element that ``action`` is called with: of ``dtype``, or any where an operand is not aligned
@@ -104,9 +59,8 @@ cudaError_t layer_norm_backward(const LayerNormBackward& p, cudaStream_t stream)
   });
   const int sums = (p.dweight_partial.data != nullptr) + (p.dbias_partial.data != nullptr);
   if (error != cudaSuccess || sums == 0) return error;
-  const dim3 grid(static_cast<unsigned>(divide_up(p.n, kFinalizeColumns)), sums);
-  return launch(layer_norm_finalize_kernel, grid, kFinalizeColumns * kFinalizeRows,
-                kFinalizeColumns * kFinalizeRows * sizeof(float), stream, p);
+  const dim3 grid(static_cast<unsigned>(divide_up(p.n, kPartialColumns)), sums);
+  return launch(layer_norm_finalize_kernel, grid, kPartialThreads, kPartialSharedBytes, stream, p);
 }
 
 }  // namespace llmkernels

@@ -4,17 +4,10 @@
 
 #include "../common/platform.cuh"
 
+#include "../common/dropout.h"
 #include "../common/dtype.h"
 
 namespace llmkernels {
-
-struct Dropout {
-  const int64_t* seed = nullptr;  // [1] on the device; null: no dropout
-  uint32_t threshold = 0;         // an element is dropped where its word's upper 31 bits are less
-  float scale = 1.0f;             // of the elements that are kept
-};
-
-Dropout make_dropout(const int64_t* seed, double dropout_p);
 
 // z = residual + dropout(x), rounded to z's dtype (z = x without a residual); y = (z - mean) * rstd
 // * weight + bias.

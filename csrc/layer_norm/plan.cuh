@@ -3,19 +3,12 @@
 
 #include <type_traits>
 
+#include "../common/device.cuh"
 #include "column_sums.cuh"
 #include "layer_norm.h"
 #include "tiles.h"
 
 namespace llmkernels {
-
-// What a launch depends on besides its arguments.
-struct Device {
-  int multiprocessors = 0;
-  int block_shared_bytes = 0;  // that one block may ask for
-};
-
-__host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename Element, typename Tile>
 int backward_shared_bytes(int n) {

@@ -96,8 +96,4 @@ inline constexpr int kStripBlocksPerSm = 8;
 // sixth of their bytes.
 inline constexpr int kMinRowsPerPartial = 16;
 
-// The last step: 8 columns (a 32-byte sector of partial sums) by 32 partial rows a block.
-inline constexpr int kFinalizeColumns = 8;
-inline constexpr int kFinalizeRows = 32;
-
 }  // namespace llmkernels

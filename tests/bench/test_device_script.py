@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.fixture
 def run(tmp_path: Path) -> Device:
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "python $* --wrappers"\ncase "$*" in *doctor) exit 3;; esac\n')
+    python.write_text('#!/bin/sh\necho "python $*"\ncase "$*" in *doctor) exit 3;; esac\n')
     python.chmod(0o755)
 
     def device(*sections: str) -> tuple[subprocess.CompletedProcess[str], Path]:

@@ -91,7 +91,7 @@ def _libraries(objects: list[Path], target: Path) -> list[str]:
     return re.findall(r"\(NEEDED\).*\[(.*)\]", text)
 
 
-def _demangled(names: list[str]) -> list[str]:
+def demangled(names: list[str]) -> list[str]:
     """``layer_norm_forward_kernel<Float32, BlockRow<16, 1024>>``: without namespaces and arguments."""
     text = subprocess.run(["c++filt", *names], check=True, capture_output=True, text=True).stdout
     plain = (line.replace("llmkernels::", "").removeprefix("void ") for line in text.splitlines())
@@ -106,7 +106,7 @@ def parse(log: str) -> list[Kernel]:
         if kernel and spills and used:
             spilled = int(spills[2]) + int(spills[3])
             found.append((kernel[2], kernel[1], int(used[1]), int(used[2] or 0), spilled))
-    names = _demangled([row[1] for row in found]) if found else []
+    names = demangled([row[1] for row in found]) if found else []
     return [Kernel(row[0], name, *row[2:]) for row, name in zip(found, names, strict=True)]
 
 

@@ -12,6 +12,9 @@ SOURCES = sorted(path for suffix in ("*.h", "*.cuh", "*.cu", "*.cpp") for path i
 PTX_FOLDERS = {"common", "sm80", "sm90"}
 DEVICE_HEADERS = re.compile(r"#\s*include\s*<(cuda|cooperative_groups|mma|device_|cooperative)[\w/.]*>")
 MAX_KERNEL_LINES = 150
+MAX_INSTRUCTION_HEADER_LINES = 150
+FUNCTION = re.compile(r"__forceinline__ \w+ (\w+)\(.*?\) \{(.*?)^\}", re.DOTALL | re.MULTILINE)
+MNEMONIC = re.compile(r'\basm\b(?: volatile)?\(\s*"([a-z0-9]+)\.')
 
 
 def _code(path: Path) -> str:
@@ -48,3 +51,25 @@ class TestEverySource:
     def test_driver_functions_are_not_called(self, path: Path) -> None:
         # A call of cuLaunchKernel and its like would link libcuda, which only a driver brings.
         assert re.search(r"\bcu[A-Z]\w+\s*\(", _code(path)) is None
+
+
+HEADERS = [path for path in SOURCES if path.relative_to(CSRC).parts[0] in PTX_FOLDERS]
+
+
+@pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.relative_to(CSRC).as_posix())
+class TestInstructionHeaders:
+    def test_one_function_is_one_instruction_and_has_its_name(self, path: Path) -> None:
+        code = _code(path)
+        bodies = FUNCTION.findall(code)
+        assert sum(len(re.findall(r"\basm\b", body)) for _, body in bodies) == len(
+            re.findall(r"\basm\b", code)
+        )
+        for name, body in bodies:
+            instructions = re.findall(r"\basm\b", body)
+            assert len(instructions) <= 1, name
+            if instructions:
+                mnemonic = MNEMONIC.search(body)
+                assert mnemonic is not None and name.startswith(f"{mnemonic[1]}_"), name
+
+    def test_headers_are_short(self, path: Path) -> None:
+        assert path.read_text().count("\n") < MAX_INSTRUCTION_HEADER_LINES

@@ -11,8 +11,6 @@ import argparse
 import fcntl
 import functools
 import hashlib
-import importlib.machinery
-import importlib.util
 import os
 import re
 import shutil
@@ -24,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 EMULATOR = Path(__file__).resolve().parent
@@ -91,17 +88,6 @@ def build(
                     objects = list(pool.map(compiler.compile, units))
                 compiler.link(objects, target)
     return target
-
-
-def load(path: Path) -> ModuleType:
-    """The extension module in this file, apart from others of its name."""
-    name = f"{path.parent.name}._C"  # pybind11 takes two modules of one name for one
-    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
 
 
 class _Unit(NamedTuple):

@@ -51,7 +51,7 @@ def problems(module: ModuleType, case: Case, options: dict[str, Any]) -> list[st
 @contextmanager
 def _serving(module: ModuleType) -> Iterator[None]:
     """cuda_kernels calls this module while it lasts."""
-    caches = (cuda_kernels._streams, cuda_kernels._partial_rows)
+    caches = (extension._streams, cuda_kernels._partial_rows)
     with mock.patch.object(extension, "_load", return_value=module):
         for cache in caches:
             cache.cache_clear()

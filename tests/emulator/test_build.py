@@ -11,8 +11,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from llmkernels.extension import module_at
+
 from . import build as building
-from .build import EMULATOR, Patch, build, load
+from .build import EMULATOR, Patch, build
 from .test_features import run
 
 KERNELS = EMULATOR / "kernels"
@@ -21,7 +23,7 @@ PLUS_TWO: Patch = ("features.cu", "words[t] = value + 1;", "words[t] = value + 2
 
 
 def reversed_twice(path: Path) -> list[int]:
-    return run(load(path), "reverse", VALUES, 32, block=32, shared=128).tolist()
+    return run(module_at(str(path)), "reverse", VALUES, 32, block=32, shared=128).tolist()
 
 
 def test_a_patch_changes_a_copy(fast_probes: ModuleType) -> None:

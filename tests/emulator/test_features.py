@@ -1,7 +1,10 @@
-"""What barriers, shuffles, votes and cp.async give in kernels that use them rightly."""
+"""What barriers, shuffles, votes, reductions and cp.async give in kernels that use them rightly."""
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -79,6 +82,24 @@ def test_votes(probes: ModuleType, pattern: int) -> None:
     assert all_half.tolist() == [int(half in (0xFFFF, 0xFFFF0000)) for half in halves]
     assert [word & 0xFFFFFFFF for word in ballot_half.tolist()] == halves
     assert [word & 0xFFFFFFFF for word in active[7:].tolist()] == [0xFFFFFF80] * 25
+
+
+def test_reductions(probes: ModuleType) -> None:
+    values = torch.randint(-(2**31), 2**31, (32,), dtype=torch.int32)
+    halves = [values[:16].tolist(), values[16:].tolist()]
+    functions: list[Callable[[list[int]], int]] = [
+        lambda half: sum(half),
+        lambda half: min(value & 0xFFFFFFFF for value in half),
+        lambda half: min(half),
+        lambda half: max(half),
+        lambda half: functools.reduce(operator.and_, half),
+        lambda half: functools.reduce(operator.xor, half),
+    ]
+    output = run(probes, "reductions", values, 7 * 32, block=32).view(7, 32)
+    for row, function in zip(output[:6].tolist(), functions, strict=True):
+        expected = [function(half) & 0xFFFFFFFF for half in halves for _ in range(16)]
+        assert [word & 0xFFFFFFFF for word in row] == expected
+    assert [word & 0xFFFFFFFF for word in output[6, 7:].tolist()] == [0xFFFFFF80] * 25
 
 
 @pytest.mark.parametrize("block", (1, 32, 33, 256, 1024))

@@ -17,7 +17,7 @@ FINALIZE = "layer_norm/layer_norm.cu"
 
 ROW_SUM, MOMENTS = "common/reduce.cuh", "layer_norm/moments.cuh"
 FORWARD_KERNELS, BACKWARD_KERNELS = "layer_norm/forward.cuh", "layer_norm/backward.cuh"
-COLUMN_SUMS = "layer_norm/column_sums.cuh"
+COLUMN_SUMS, PARTIAL_ROWS = "layer_norm/column_sums.cuh", "common/partial_rows.cuh"
 ROW_MASK = "const int n = row < p.m ? p.n : 0;"
 
 
@@ -64,7 +64,7 @@ PLANTS = (
     ),
     Plant(
         "a butterfly that stops early",
-        (ROW_SUM, "offset > 0;", "offset > 1;"),
+        (ROW_SUM, "offset > 0; offset /= 2) {\n    value +=", "offset > 1; offset /= 2) {\n    value +="),
         FORWARD,
         Case(3, 33),
         "y: ",
@@ -113,7 +113,7 @@ PLANTS = (
     ),
     Plant(
         "dropout's rows share counters",
-        ("layer_norm/dropout.cuh", "(n + 3) / 4", "n / 4"),
+        ("common/dropout.cuh", "(columns) + 3) / 4", "(columns)) / 4"),
         FORWARD,
         Case(3, 33, add=True),
         "z: ",
@@ -166,21 +166,21 @@ PLANTS = (
     ),
     Plant(
         "a partial row too few",
-        (FINALIZE, "row < p.partial_rows;", "row < p.partial_rows - 1;"),
+        (PARTIAL_ROWS, "row < rows;", "row < rows - 1;"),
         FINALIZE,
         Case(9, 33),
         "dweight: ",
     ),
     Plant(
         "a partial row too many",
-        (FINALIZE, "row < p.partial_rows;", "row <= p.partial_rows;"),
+        (PARTIAL_ROWS, "row < rows;", "row <= rows;"),
         FINALIZE,
         Case(9, 33),
         "out of bounds: ",
     ),
     Plant(
         "no barrier between the steps of the last sum",
-        (FINALIZE, "+= sums[line + half][lane];\n    __syncthreads();", "+= sums[line + half][lane];"),
+        (PARTIAL_ROWS, "+= sums[line + half][lane];\n    __syncthreads();", "+= sums[line + half][lane];"),
         FINALIZE,
         Case(9, 33),
         "race: ",

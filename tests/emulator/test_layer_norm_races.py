@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from types import ModuleType
 
 import pytest
 import torch
 
 from .build import build
-from .conftest import IN_ORDER, SCHEDULES, built
+from .conftest import IN_ORDER, SCHEDULES, built, kernels
 from .layer_norm_calls import Case, problems
 
 # The least N of each tile of csrc/layer_norm/tiles.h, forward and backward: test_every_kernel sees to it.
@@ -37,16 +36,9 @@ def test_every_kernel(watched: ModuleType) -> None:
     """Threads in order; and each instantiation of a kernel in csrc/layer_norm is among what was launched."""
     for case in cases():
         assert problems(watched, case, IN_ORDER) == [], case
-    command = ["nm", "-C", str(watched.__file__)]
-    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    kernels = {}
-    for line in symbols.splitlines():
-        address, _, name = line.partition(" ")
-        function = name[2:].partition("(")[0].partition("<")[0]
-        if function.split()[-1:] and function.split()[-1].endswith("_kernel"):
-            kernels[int(address, 16)] = name[2:]
-    assert len(kernels) > 20
-    assert [name for address, name in kernels.items() if address not in watched.emulator.launched()] == []
+    found = kernels(watched, "layer_norm")
+    assert len(found) > 20
+    assert [name for name, launched in found.items() if not launched] == []
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)

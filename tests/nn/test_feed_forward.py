@@ -65,7 +65,6 @@ def test_activations(activation: Any, bias: bool, hooked: bool) -> None:
     assert ours(rows(D)).shape == (D,)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("activation", FUNCTIONS)
 def test_on_kernels(activation: str, backend: str) -> None:
     ours, x = on_device_of(backend, feed_forward(activation), rows())

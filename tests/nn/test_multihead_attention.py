@@ -251,7 +251,6 @@ def test_what_is_no_tensor_is_a_type_error() -> None:
 # --- on kernels
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("kind", ["self", "memory"])
 def test_on_kernels(kind: str, batch_first: bool, backend: str) -> None:
@@ -262,7 +261,6 @@ def test_on_kernels(kind: str, batch_first: bool, backend: str) -> None:
         assert_exact(theirs, args, {"need_weights": False, **masks(keys)[mask]}, backend, {"attention"})
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_extended_keys_on_kernels(backend: str) -> None:
     theirs = attention(batch_first=True, add_bias_kv=True, add_zero_attn=True)
     call = {"need_weights": False, **masks(S)["bool and padding"]}

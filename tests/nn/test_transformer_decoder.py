@@ -133,7 +133,6 @@ def test_bad_calls_raise_what_torch_raises(shapes: Any, options: dict[str, Any])
         assert_raises_alike(ours_like(theirs), theirs, [rows(*shape) for shape in shapes], options)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_on_kernels(block: dict[str, bool], backend: str) -> None:
     ops = OPS | ({"layer_norm"} if block["norm_first"] else set())

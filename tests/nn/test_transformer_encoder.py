@@ -314,7 +314,6 @@ def test_bad_calls_raise_what_torch_raises(shape: tuple[int, ...], options: dict
 # --- on kernels
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_on_kernels(block: dict[str, bool], backend: str) -> None:
     ops = {"attention", "add_layer_norm", "feed_forward"} | ({"layer_norm"} if block["norm_first"] else set())

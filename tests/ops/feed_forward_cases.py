@@ -14,7 +14,6 @@ import llmkernels
 from llmkernels import dropout, testing
 from llmkernels.ops.feed_forward.call import ACTIVATIONS
 
-BACKENDS = ("reference", "torch", "triton")
 GATED = ("swiglu", "geglu")
 _SHORT_ROW = 32
 

@@ -16,22 +16,14 @@ from llmkernels import testing
 
 from .attention_cases import Case, check, gradients, kept_mask, magnitudes, to_cpu
 
-BACKENDS = ("reference", "torch", "triton")
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """This op's; it has no CUDA C++ kernels."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
-@pytest.fixture(params=("reference", "triton"))
+@pytest.fixture(params=("reference", "triton", "cuda"))
 def own_backend(request: pytest.FixtureRequest) -> str:
     """The backends that keep this package's promises beyond torch's."""
     if request.param == "triton":
         pytest.importorskip("triton")
+    if request.param == "cuda" and (reason := request.getfixturevalue("cuda_kernels_missing")) is not None:
+        pytest.skip(reason)
     return request.param
 
 

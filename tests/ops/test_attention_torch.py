@@ -569,7 +569,12 @@ _R = [(2, 4, 5, 16), (2, 4, 7, 16), (2, 4, 7, 8)]
         (_R, {"alibi_slopes": torch.ones(4).int()}, RuntimeError, "alibi_slopes: expected a floating"),
         (_R, {"sinks": torch.ones(2, 4)}, RuntimeError, r"sinks: expected shape \[4\], got \[2, 4\]"),
         (_R, {"backend": "flash"}, ValueError, "backend"),
-        (_R, {"backend": "cuda"}, RuntimeError, "this op has no cuda kernels"),
+        (
+            _R,
+            {"backend": "cuda", "alibi_slopes": torch.ones(4, requires_grad=True)},
+            RuntimeError,
+            "got 'cuda': alibi_slopes want a gradient, which the kernels don't compute",
+        ),
     ),
 )
 def test_errors(shapes: list, options: dict, kind: type[Exception], message: str) -> None:

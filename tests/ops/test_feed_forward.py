@@ -11,18 +11,12 @@ import llmkernels
 from llmkernels import testing
 from llmkernels.ops.feed_forward.call import ACTIVATIONS
 
-from .feed_forward_cases import BACKENDS, Case, check
+from .feed_forward_cases import Case, check
 
 OPS = ("linear_activation", "feed_forward")
 HALF = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend of this op, one after the other."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
+# Where torch's own operators behave otherwise.
+own_backends = pytest.mark.parametrize("backend", ("reference", "triton", "cuda"), indirect=True)
 
 
 def random_case(seed: int) -> Case:
@@ -137,27 +131,23 @@ def test_far_tails_are_exact(backend: str, device: torch.device, activation: str
 
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF))
 @pytest.mark.parametrize("activation", ("relu", "gelu", "gelu_tanh"))
-@pytest.mark.parametrize("kernel", ("reference", "triton"))
-def test_limits_at_infinity(kernel: str, device: torch.device, activation: str, dtype: torch.dtype) -> None:
+@own_backends
+def test_limits_at_infinity(backend: str, device: torch.device, activation: str, dtype: torch.dtype) -> None:
     """0 and 1 times x, where torch's GELUs are NaN; NaN itself stays."""
-    if kernel == "triton":
-        pytest.importorskip("triton")
     values = torch.tensor([-torch.inf, torch.inf, torch.nan], dtype=dtype, device=device)
-    value, slope = _of_values(values, activation, kernel)
+    value, slope = _of_values(values, activation, backend)
     assert value[:2].tolist() == [0.0, torch.inf] and slope[:2].tolist() == [0.0, 1.0]
     assert value[2].isnan() and (activation == "relu" or slope[2].isnan())
 
 
 @pytest.mark.parametrize("activation", ("swiglu", "geglu"))
-@pytest.mark.parametrize("kernel", ("reference", "triton"))
-def test_gated_limits_at_infinity(kernel: str, device: torch.device, activation: str) -> None:
+@own_backends
+def test_gated_limits_at_infinity(backend: str, device: torch.device, activation: str) -> None:
     """A gate that overflows fp16 to -inf closes: 0, not NaN."""
-    if kernel == "triton":
-        pytest.importorskip("triton")
     x = torch.tensor([[-60000.0], [60000.0]], dtype=torch.float16, device=device)
     weight = torch.tensor([[2.0], [0.0]], dtype=torch.float16, device=device)
     bias = torch.tensor([0.0, 3.0], dtype=torch.float16, device=device)
-    y = llmkernels.linear_activation(x, weight, bias, activation, backend=kernel)
+    y = llmkernels.linear_activation(x, weight, bias, activation, backend=backend)
     assert y.squeeze(1).tolist() == [0.0, torch.inf]
 
 
@@ -256,9 +246,10 @@ def test_expanded_input_and_gradient(backend: str, device: torch.device) -> None
 
 @pytest.mark.parametrize("stride, rows", ((2**30 + 8, 3), (2**31 + 8, 2)))
 @pytest.mark.parametrize("strided", ("input", "weight1", "weight2"))
-def test_offsets_past_2_to_the_31(device: torch.device, strided: str, stride: int, rows: int) -> None:
+def test_offsets_past_2_to_the_31(
+    kernel_backend: str, device: torch.device, strided: str, stride: int, rows: int
+) -> None:
     """The last row starts more than 2^31 elements in; the memory between the rows is never touched."""
-    pytest.importorskip("triton")
     memory = torch.empty((rows - 1) * stride + 16, dtype=torch.bfloat16, device=device)
     sizes = {"input": (rows, 16), "weight1": (16, 16), "weight2": (16, 16)} | {strided: (rows, 16)}
     tensors = {
@@ -273,19 +264,19 @@ def test_offsets_past_2_to_the_31(device: torch.device, strided: str, stride: in
         leaves = {**tensors, strided: tensor}
         leaves = {name: leaf.detach().requires_grad_(name == "input") for name, leaf in leaves.items()}
         y = llmkernels.feed_forward(
-            leaves["input"], leaves["weight1"], None, leaves["weight2"], None, backend="triton"
+            leaves["input"], leaves["weight1"], None, leaves["weight2"], None, backend=kernel_backend
         )
         results.append((y, *torch.autograd.grad(y.sum(), leaves["input"])))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="20 GB of GPU memory")
-def test_more_than_2_to_the_31_elements(device: torch.device) -> None:
+def test_more_than_2_to_the_31_elements(kernel_backend: str, device: torch.device) -> None:
     m, d, hidden = 2**19 + 3, 64, 2**12
     x, weight = (torch.empty(s, dtype=torch.bfloat16, device=device).normal_() for s in ((m, d), (hidden, d)))
-    y = llmkernels.linear_activation(x, weight, backend="triton")
+    y = llmkernels.linear_activation(x, weight, backend=kernel_backend)
     for row in (0, 2**19 - 1, 2**19, m - 1):
-        one = llmkernels.linear_activation(x[row : row + 1], weight, backend="triton")
+        one = llmkernels.linear_activation(x[row : row + 1], weight, backend=kernel_backend)
         torch.testing.assert_close(y[row : row + 1], one)
 
 
@@ -373,18 +364,16 @@ def _saved(case: Case, tensors: dict[str, torch.Tensor], backend: str) -> int:
     "activation, recompute, saving",
     (("gelu", False, 0.44), ("gelu_tanh", False, 0.44), ("gelu", True, 0.88), ("swiglu", False, 0.45)),
 )
-@pytest.mark.parametrize("kernel", ("reference", "triton"))
+@own_backends
 def test_saved_bytes(
-    kernel: str, device: torch.device, activation: str, recompute: bool, saving: float
+    backend: str, device: torch.device, activation: str, recompute: bool, saving: float
 ) -> None:
     """Against torch's eager path, whose hidden size is 4 d, gated 8/3 d: of 9 d resp. 35/3 d kept x and pre,
     with recompute x alone."""
-    if kernel == "triton":
-        pytest.importorskip("triton")
     hidden = 64 if activation == "swiglu" else 96
     case = Case(shape=(4, 32, 24), hidden=hidden, activation=activation, recompute=recompute)
     tensors = case.inputs(device)
-    ours, elements = _saved(case, tensors, kernel), 4 * 32
+    ours, elements = _saved(case, tensors, backend), 4 * 32
     assert ours == 4 * elements * (24 + (0 if recompute else case.width))
     object.__setattr__(case, "recompute", False)
     assert 1 - ours / _saved(case, tensors, "torch") >= saving
@@ -408,28 +397,25 @@ def test_recompute_by_torch_keeps_nothing_of_the_hidden_size(device: torch.devic
         ((), 0),
     ),
 )
-@pytest.mark.parametrize("kernel", ("reference", "triton"))
+@own_backends
 def test_frozen_tensors_keep_nothing(
-    kernel: str, device: torch.device, trained: tuple[str, ...], kept: int
+    backend: str, device: torch.device, trained: tuple[str, ...], kept: int
 ) -> None:
     """Elements a row of what is saved, of an input of 24, a hidden of 40 and a gated pre-activation of 80."""
-    if kernel == "triton":
-        pytest.importorskip("triton")
     case = Case(shape=(7, 24), hidden=40, activation="swiglu")
     tensors = {n: t.detach().requires_grad_(n in trained) for n, t in case.inputs(device).items()}
-    assert _saved(case, tensors, kernel) == 4 * 7 * kept
+    assert _saved(case, tensors, backend) == 4 * 7 * kept
 
 
 # Dropout
 
 
 @pytest.mark.parametrize("hidden", (1, 7, 64, 137))
-def test_dropout_mask_is_the_reference_mask(device: torch.device, hidden: int) -> None:
+def test_dropout_mask_is_the_reference_mask(kernel_backend: str, device: torch.device, hidden: int) -> None:
     """The kernels and the reference drop the same elements, so a backend can be swapped in mid-training."""
-    pytest.importorskip("triton")
     x, weight = torch.ones(20, 3, device=device), torch.ones(hidden, 3, device=device)
     masks = []
-    for backend in ("triton", "reference"):
+    for backend in (kernel_backend, "reference"):
         torch.manual_seed(3)
         identity = torch.eye(hidden, device=device)
         y = llmkernels.feed_forward(x, weight, None, identity, None, dropout_p=0.5, backend=backend)

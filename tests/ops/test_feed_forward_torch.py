@@ -22,17 +22,9 @@ from llmkernels import dispatch, testing
 from llmkernels.ops.feed_forward import api
 from llmkernels.ops.feed_forward.call import ACTIVATIONS, FeedForwardCall
 
-from .feed_forward_cases import BACKENDS, Case
+from .feed_forward_cases import Case
 
 OPS = ("linear_activation", "feed_forward")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend of this op, one after the other."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
 
 
 def _float64(case: Case) -> dict[str, torch.Tensor]:
@@ -78,11 +70,10 @@ def test_gradcheck_of_linear_activation(kernel: str) -> None:
     ),
 )
 def test_double_backward(
-    device: torch.device, activation: str, recompute: bool, frozen: tuple[str, ...]
+    kernel_backend: str, device: torch.device, activation: str, recompute: bool, frozen: tuple[str, ...]
 ) -> None:
     """A gradient penalty: the kernels' backward, differentiated again through the reference, also where
     nothing but the pre-activation is there to differentiate through."""
-    pytest.importorskip("triton")
     case = Case(shape=(6, 20), hidden=24, activation=activation, recompute=recompute)
 
     def second_order(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -99,7 +90,7 @@ def test_double_backward(
     expected, baseline = (second_order("torch", dtype) for dtype in (torch.float64, torch.float32))
     names = [name for name in case.inputs(device) if name not in frozen]
     for name, actual, exact, own in zip(
-        names, second_order("triton", torch.float32), expected, baseline, strict=True
+        names, second_order(kernel_backend, torch.float32), expected, baseline, strict=True
     ):
         # Terms of every size cancel in a second derivative: the largest of the whole tensor sets the
         # rounding.
@@ -107,11 +98,10 @@ def test_double_backward(
         testing.assert_within_budget(actual, exact.cpu(), own.cpu(), name=name, magnitude=magnitude.cpu())
 
 
-def test_second_derivative_alone(device: torch.device) -> None:
+def test_second_derivative_alone(kernel_backend: str, device: torch.device) -> None:
     """A backward through the first derivative only, after which the output's own gradient still comes."""
-    pytest.importorskip("triton")
     results = []
-    for backend in ("triton", "torch"):
+    for backend in (kernel_backend, "torch"):
         tensors = Case().inputs(device)
         y = Case().call(tensors, backend)
         (dx,) = torch.autograd.grad(y.sum(), tensors["input"], create_graph=True)
@@ -122,11 +112,9 @@ def test_second_derivative_alone(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("activation, dropout", (("gelu", False), ("swiglu", True)))
-@pytest.mark.parametrize("kernel", ("reference", "triton"))
-def test_opcheck(kernel: str, device: torch.device, activation: str, dropout: bool) -> None:
-    if kernel == "triton":
-        pytest.importorskip("triton")
-    dispatch.load(dict(api.KERNELS)[kernel])
+@pytest.mark.parametrize("backend", ("reference", "triton", "cuda"), indirect=True)
+def test_opcheck(backend: str, device: torch.device, activation: str, dropout: bool) -> None:
+    dispatch.load(dict(api.KERNELS)[backend])
     case = Case(shape=(6, 24), activation=activation)
     x, weight1, bias1, weight2, _ = (tensor.detach() for tensor in case.inputs(device).values())
     seed = torch.tensor([123456789], device=device) if dropout else None
@@ -134,14 +122,14 @@ def test_opcheck(kernel: str, device: torch.device, activation: str, dropout: bo
     forward = torch.ops.llmkernels.linear_activation_forward.default
     backward = torch.ops.llmkernels.linear_activation_backward.default
     for wanted in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(forward, (x, weight1, bias1, *settings, *wanted, kernel))
-    torch.library.opcheck(forward, (x, weight1, None, *settings, True, True, kernel))
-    _, pre = forward(x, weight1, bias1, *settings, True, True, kernel)
+        torch.library.opcheck(forward, (x, weight1, bias1, *settings, *wanted, backend))
+    torch.library.opcheck(forward, (x, weight1, None, *settings, True, True, backend))
+    _, pre = forward(x, weight1, bias1, *settings, True, True, backend)
     dy = torch.ones(6, case.out, device=device)
     for wanted in ((True, True, True), (True, False, False), (False, False, True)):
-        torch.library.opcheck(backward, (dy, weight2, pre, *settings, *wanted, kernel))
+        torch.library.opcheck(backward, (dy, weight2, pre, *settings, *wanted, backend))
     dy = torch.zeros(6, 50, device=device)[:, 5:45]
-    torch.library.opcheck(backward, (dy, None, pre, None, activation, 0.0, True, False, True, kernel))
+    torch.library.opcheck(backward, (dy, None, pre, None, activation, 0.0, True, False, True, backend))
 
 
 @pytest.mark.parametrize(
@@ -522,11 +510,6 @@ def test_automatic_rule_is_torch_until_timed() -> None:
     with llmkernels.explain() as calls:
         assert dispatch.choose(call, api.KERNELS, api.AUTOMATIC, None) == "torch"
     assert calls[0].reason == "no kernel of ours has been timed against torch's for such a call yet"
-
-
-def test_no_cuda_kernels_yet() -> None:
-    with pytest.raises(RuntimeError, match="got 'cuda': this op has no cuda kernels"):
-        Case().call(Case().inputs("cpu"), "cuda")
 
 
 def test_float64_goes_to_torch() -> None:

@@ -11,8 +11,7 @@ pytest.importorskip("triton")
 
 from llmkernels import dropout, testing
 from llmkernels.ops.feed_forward import reference, tiles, triton_kernels
-from llmkernels.ops.feed_forward.call import ACTIVATIONS, FeedForwardCall
-from llmkernels.ops.feed_forward.triton_common import operand, product_kind
+from llmkernels.ops.feed_forward.call import ACTIVATIONS, FeedForwardCall, operand, product_kind
 
 from .feed_forward_cases import Case, check
 

@@ -69,8 +69,7 @@ def test_outputs_and_gradients_before_and_after(make: Any, backend: str) -> None
     report = replace(model, backend=backend, sample_inputs=batch)
     assert report.replaced
     assert not report.rolled_back, report
-    if backend != "cuda":  # which has not the kernels of all ops
-        assert not [row for row in report.skipped if "backend" in (row.reason or "")], report
+    assert not [row for row in report.skipped if "backend" in (row.reason or "")], report
     with llmkernels.explain() as calls:
         after = outputs_and_gradients(model, batch)
     assert {call.backend for call in calls} == {backend}

@@ -17,6 +17,7 @@ from .autograd import PACKAGE, attend
 from .call import UNLIMITED, AttentionCall, Settings, autocast_is_on, size_obstacle
 
 KERNELS = (
+    ("cuda", f"{PACKAGE}.cuda_kernels"),
     ("triton", f"{PACKAGE}.triton_kernels"),
     ("reference", f"{PACKAGE}.reference"),
 )

@@ -81,3 +81,12 @@ def arranged(rows: Tensor, like: Tensor) -> Tensor:
     if like.stride(1) < like.stride(2):
         return rows.transpose(1, 2).contiguous().transpose(1, 2)
     return rows.contiguous()
+
+
+def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:
+    """-sum of exp(sink - lse) delta, [Hq]; empty without sinks. A sink of -inf has no weight even in a row
+    that sees no key."""
+    if sinks is None:
+        return lse.new_empty(0)
+    weights = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks[:, None] - lse))
+    return -(weights * delta).sum(dim=(0, 2))

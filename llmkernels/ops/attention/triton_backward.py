@@ -25,7 +25,7 @@ from ...triton_support import (
     vector_width,
 )
 from . import tiles
-from .call import UNLIMITED, Settings, new_rows
+from .call import UNLIMITED, Settings, new_rows, sink_gradient
 from .triton_backward_bias import _attention_backward_bias_kernel
 from .triton_backward_common import (
     bias_pointers,
@@ -295,15 +295,6 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride()[:3]
 
 
-def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:
-    """-sum of exp(sink - lse) delta, [Hq]; empty without sinks. A sink of -inf has no weight even in a row
-    that sees no key."""
-    if sinks is None:
-        return lse.new_empty(0)
-    weights = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks[:, None] - lse))
-    return -(weights * delta).sum(dim=(0, 2))
-
-
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -344,7 +335,7 @@ def backward(
             dkey.zero_(),
             dvalue.zero_(),
             dbias,
-            _sink_gradient(sinks, lse, delta[:rows].view(lse.shape)),
+            sink_gradient(sinks, lse, delta[:rows].view(lse.shape)),
         )
 
     dout, out, query, key, value = map(addressable, (dout, out, query, key, value))
@@ -417,4 +408,4 @@ def backward(
                 b, heads, heads // kv_heads, length_q, length_k, bias.shape[0], bias.shape[1],
                 *numbers, *constants(walk), one_row, one_column, num_warps=walk.num_warps,
             )  # fmt: skip
-    return dquery, dkey, dvalue, dbias, _sink_gradient(sinks, lse, delta[:rows].view(lse.shape))
+    return dquery, dkey, dvalue, dbias, sink_gradient(sinks, lse, delta[:rows].view(lse.shape))

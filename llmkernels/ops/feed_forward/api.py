@@ -13,6 +13,7 @@ from .call import ACTIVATIONS, FeedForwardCall
 
 _PACKAGE = __name__.rsplit(".", 1)[0]
 KERNELS = (
+    ("cuda", f"{_PACKAGE}.cuda_kernels"),
     ("triton", f"{_PACKAGE}.triton_kernels"),
     ("reference", f"{_PACKAGE}.reference"),
 )

@@ -1,11 +1,12 @@
 """What the choice of a backend for a feed-forward depends on, and what every backend means by an
-activation."""
+activation, a weight's layout and the precision of a product."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -34,3 +35,21 @@ class FeedForwardCall(NamedTuple):
         if self.dtype not in KERNEL_DTYPES:
             reasons.append(f"input is {self.dtype}; the kernels take float16, bfloat16 and float32")
         return reasons
+
+
+def operand(matrix: Tensor, along: int) -> tuple[Tensor, int, bool]:
+    """A matrix that a kernel reads where it lies, the stride of its other dimension, and whether its unit
+    stride is along the dimension ``along``. One that has no unit stride is copied."""
+    for dim in (1, 0):
+        if matrix.stride(dim) == 1 or matrix.shape[dim] == 1:
+            return matrix, matrix.stride(1 - dim), dim == along
+    matrix = matrix.contiguous()
+    return matrix, matrix.stride(0), along == 1
+
+
+def product_kind(dtype: torch.dtype) -> str:
+    """ "half" for 16-bit operands, whose products are exact in float32; for float32 ones "tf32" where torch's
+    own switch allows it to cuBLAS, else "ieee"."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -17,14 +17,12 @@ from ...triton_support import (
     vector_width,
 )
 from . import tiles
-from .call import ACTIVATIONS
+from .call import ACTIVATIONS, operand, product_kind
 from .triton_common import (
     activate,
     dot_precision,
     elements_in,
-    operand,
     product,
-    product_kind,
     strip,
     tile_of_program,
 )

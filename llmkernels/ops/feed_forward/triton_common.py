@@ -3,7 +3,6 @@ product."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -119,27 +118,9 @@ def strip(tile, INDEX: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr
     return tile
 
 
-def operand(matrix: Tensor, along: int) -> tuple[Tensor, int, bool]:
-    """A matrix that a kernel reads where it lies, the stride of its other dimension, and whether its unit
-    stride is along the dimension ``along``. One that has no unit stride is copied."""
-    for dim in (1, 0):
-        if matrix.stride(dim) == 1 or matrix.shape[dim] == 1:
-            return matrix, matrix.stride(1 - dim), dim == along
-    matrix = matrix.contiguous()
-    return matrix, matrix.stride(0), along == 1
-
-
 def elements_in(tensor: Tensor) -> int:
     """How many elements into memory it starts: vector_width of it knows an address that is odd."""
     return tensor.data_ptr() // tensor.element_size()
-
-
-def product_kind(dtype: torch.dtype) -> str:
-    """ "half" for 16-bit operands, whose products are exact in float32; for float32 ones "tf32" where torch's
-    own switch allows it to cuBLAS, else "ieee"."""
-    if dtype != torch.float32:
-        return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def dot_precision(kind: str) -> str:

@@ -10,14 +10,12 @@ from torch import Tensor
 from ...dropout import dropout_scale, dropout_threshold
 from ...triton_support import architecture, kept_by_dropout, known_multiple, on_device, vector_width
 from . import tiles
-from .call import ACTIVATIONS
+from .call import ACTIVATIONS, operand, product_kind
 from .triton_common import (
     activate,
     dot_precision,
     elements_in,
-    operand,
     product,
-    product_kind,
     strip,
     tile_of_program,
 )

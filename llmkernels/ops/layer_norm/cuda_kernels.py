@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from torch import Tensor
 from ... import extension
 from .call import NormCall
 
-# csrc/common/dtype.h.
-_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_CODES = extension.DTYPE_CODES
 
 
 def unsupported(call: NormCall) -> list[str]:
@@ -20,19 +18,6 @@ def unsupported(call: NormCall) -> list[str]:
     reasons = call.unsupported_by_kernels()
     obstacle = extension.device_obstacle(call.device)
     return reasons if obstacle is None else [*reasons, obstacle]
-
-
-def _current_stream(device: int) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-@functools.cache
-def _streams() -> Callable[[int], int]:
-    """From a device index to the handle of its current stream. The emulator has no streams."""
-    if extension.is_emulated():
-        return lambda device: 0
-    # What current_stream() wraps in an object, at a tenth of its cost.
-    return getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -84,7 +69,7 @@ def forward(
         n,
         eps,
         device,
-        _streams()(device),
+        extension.current_stream(device),
     )
     return y, z, mean, rstd
 
@@ -151,6 +136,6 @@ def backward(
         m,
         n,
         device,
-        _streams()(device),
+        extension.current_stream(device),
     )
     return dx, dresidual, dweight, dbias

@@ -149,7 +149,7 @@ class AttentionAdapter(TransformersAdapter):
     """Every attention layer that goes through transformers' attention interface."""
 
     mixins = (Attention,)
-    kernels = ("triton",)
+    kernels = ("triton", "cuda")
     constants: ClassVar[frozenset[str]] = frozenset((*_MASKS, "position_embeddings"))
 
     def obstacles(self, module: nn.Module) -> list[str]:

@@ -280,7 +280,7 @@ class FeedForwardAdapter(TransformersAdapter):
     """Blocks of one or two linear layers with an activation behind the first."""
 
     mixins = (Intermediate, PlainMLP, ConvolutionMLP, ChunkedFFN, DenseActDense, Gated, Inlined)
-    kernels = ("triton",)
+    kernels = ("triton", "cuda")
 
     def obstacles(self, module: nn.Module) -> list[str]:
         mixin = next(mixin for mixin in self.mixins if mixin.recognises(type(module)))

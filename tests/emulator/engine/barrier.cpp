@@ -27,7 +27,7 @@ void reset_barriers() {
   for (Barrier& barrier : barriers) barrier.arrived.clear();
 }
 
-void barrier_sync(unsigned id, unsigned thread_count) {
+void bar_sync(unsigned id, unsigned thread_count) {
   if (id >= barriers.size())
     fail("bad barrier", "barrier " + std::to_string(id) + " does not exist: a block has 0 to 15");
   if (id != 0 && thread_count % kWarpSize != 0) {

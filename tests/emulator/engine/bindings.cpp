@@ -42,10 +42,10 @@ class GuardedBuffer {
   size_t bytes_;
 };
 
-void set_options(uint64_t seed, bool random_schedule, bool race) {
+void set_options(uint64_t seed, bool random_schedule, bool race, bool bank_conflicts) {
   if (race && !kernels_are_watched)
     throw py::value_error("race: expected False, got True: this build does not watch memory");
-  options = {seed, random_schedule, race};
+  options = {seed, random_schedule, race, bank_conflicts};
 }
 
 // As offsets into the module's file, where a symbol table names them.
@@ -68,6 +68,7 @@ void bind(py::module_& module) {
   m.attr("race_build") = kernels_are_watched;
   m.def("options", set_options, py::kw_only(), py::arg("seed") = 0,
         py::arg("random_schedule") = false, py::arg("race") = kernels_are_watched,
+        py::arg("bank_conflicts") = false,
         "Sets what the following launches do; what is not given returns to its default.");
   m.def("report", report_lines,
         "What was found wrong since clear(): a sentence each, its kind first.");

@@ -177,8 +177,8 @@ void preempt() {
   if (options.random_schedule && random_below(kPreemptionPeriod) == 0) yield();
 }
 
-void fail(const std::string& kind, const std::string& sentence) {
-  record_failure(kind, sentence);
+void fail(const std::string& kind, const std::string& sentence, const void* code) {
+  record_failure(kind, sentence, code);
   switch_context(block.self().context, scheduler);
   __builtin_unreachable();
 }

@@ -20,6 +20,7 @@ struct Options {
   uint64_t seed = 0;
   bool random_schedule = false;
   bool race = false;
+  bool bank_conflicts = false;  // of ldmatrix and stmatrix: reported, though nothing is wrong
 };
 extern Options options;
 
@@ -48,8 +49,9 @@ bool run_block(size_t shared_bytes);
 void suspend(const char* where);  // waits until wake() is called for this thread
 void yield();                     // lets others run, if the schedule is random
 void preempt();                   // yields now and then, so that threads meet between barriers too
-[[noreturn]] void fail(const std::string& kind,
-                       const std::string& sentence);  // ends the launch with a report
+// Ends the launch with a report; `code` is a return address in the kernel, where one is known.
+[[noreturn]] void fail(const std::string& kind, const std::string& sentence,
+                       const void* code = nullptr);
 
 void wake(Thread& thread);
 

@@ -20,6 +20,8 @@ struct Warp {
 };
 std::vector<Warp> warps;
 
+constexpr uint32_t kAllLanes = ~0u;
+
 std::string hexadecimal(uint32_t value) {
   char text[16];
   std::snprintf(text, sizeof text, "0x%08x", value);
@@ -49,12 +51,52 @@ uint32_t bit_of(const Warp& warp, const Collective& collective) {
 }
 
 void finish(Warp& warp, Collective& collective, const Thread* last) {
+  if (collective.needs_all && collective.arrived != kAllLanes) {
+    fail("divergent warp",
+         std::string(collective.name) + " is executed by the lanes " +
+             hexadecimal(collective.arrived) + " of warp " + std::to_string(block.self().warp) +
+             " of " + block.name() + " alone; it needs all 32",
+         collective.code);
+  }
   collective.complete(collective);
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     if (collective.has(lane) && collective.lanes[lane] != last) wake(*collective.lanes[lane]);
   }
   collective.arrived = 0;
   warp.busy &= ~bit_of(warp, collective);
+}
+
+void join(const char* name, uint32_t mask, bool needs_all, void* argument,
+          void (*complete)(Collective&), const void* code) {
+  Thread& thread = block.self();
+  Warp& warp = warps[thread.warp];
+  if ((mask >> thread.lane & 1) == 0) {
+    fail("bad mask", place(thread) + " calls " + name + " with the mask " + hexadecimal(mask) +
+                         ", which does not name it");
+  }
+  Collective& collective = find(warp, mask);
+  if (collective.arrived == 0) {
+    collective.name = name;
+    collective.mask = mask;
+    collective.needs_all = needs_all;
+    collective.code = code;
+    collective.complete = complete;
+    warp.busy |= bit_of(warp, collective);
+  } else if (std::strcmp(collective.name, name) != 0) {
+    fail("divergent warp",
+         place(thread) + " is at " + name + ", the lanes " + hexadecimal(collective.arrived) +
+             " of its mask at " + collective.name,
+         code);
+  }
+  collective.arrived |= 1u << thread.lane;
+  collective.lanes[thread.lane] = &thread;
+  thread.argument = argument;
+  if (is_complete(warp, collective)) {
+    finish(warp, collective, &thread);
+    yield();
+  } else {
+    suspend(name);
+  }
 }
 
 struct Shuffle {
@@ -65,6 +107,11 @@ struct Shuffle {
 struct Vote {
   bool predicate;
   uint32_t result;
+};
+
+struct Reduction {
+  uint32_t value;
+  uint32_t (*combine)(uint32_t, uint32_t);
 };
 
 }  // namespace
@@ -85,32 +132,12 @@ void reset_collectives(unsigned thread_count) {
 
 void join_collective(const char* name, uint32_t mask, void* argument,
                      void (*complete)(Collective&)) {
-  Thread& thread = block.self();
-  Warp& warp = warps[thread.warp];
-  if ((mask >> thread.lane & 1) == 0) {
-    fail("bad mask", place(thread) + " calls " + name + " with the mask " + hexadecimal(mask) +
-                         ", which does not name it");
-  }
-  Collective& collective = find(warp, mask);
-  if (collective.arrived == 0) {
-    collective.name = name;
-    collective.mask = mask;
-    collective.complete = complete;
-    warp.busy |= bit_of(warp, collective);
-  } else if (std::strcmp(collective.name, name) != 0) {
-    fail("divergent warp", place(thread) + " is at " + name + ", the lanes " +
-                               hexadecimal(collective.arrived) + " of its mask at " +
-                               collective.name);
-  }
-  collective.arrived |= 1u << thread.lane;
-  collective.lanes[thread.lane] = &thread;
-  thread.argument = argument;
-  if (is_complete(warp, collective)) {
-    finish(warp, collective, &thread);
-    yield();
-  } else {
-    suspend(name);
-  }
+  join(name, mask, false, argument, complete, nullptr);
+}
+
+void join_whole_warp(const char* name, void* argument, void (*complete)(Collective&),
+                     const void* code) {
+  join(name, kAllLanes, true, argument, complete, code);
 }
 
 void collective_thread_exited(const Thread& thread) {
@@ -156,6 +183,23 @@ unsigned warp_ballot(const char* name, unsigned mask, bool predicate) {
     }
   });
   return vote.result;
+}
+
+uint32_t warp_reduce(const char* name, unsigned mask, uint32_t value,
+                     uint32_t (*combine)(uint32_t, uint32_t)) {
+  Reduction reduction{value, combine};
+  join_collective(name, mask, &reduction, [](Collective& collective) {
+    const auto first = static_cast<unsigned>(__builtin_ctz(collective.arrived));
+    auto result = collective.argument<Reduction>(first);
+    for (unsigned lane = first + 1; lane < kWarpSize; ++lane) {
+      if (collective.has(lane))
+        result.value = result.combine(result.value, collective.argument<Reduction>(lane).value);
+    }
+    for (unsigned lane = first; lane < kWarpSize; ++lane) {
+      if (collective.has(lane)) collective.argument<Reduction>(lane) = result;
+    }
+  });
+  return reduction.value;
 }
 
 void warp_sync(unsigned mask) {

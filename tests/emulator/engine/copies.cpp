@@ -12,12 +12,10 @@ namespace llmkernels::emulator {
 
 namespace {
 
-constexpr int kCopyBytes = 16;
-
 struct Copy {
   unsigned char* destination;
   const void* source;
-  int source_bytes;
+  int bytes, source_bytes;
   bool moved;
 };
 using Group = std::vector<Copy>;
@@ -33,8 +31,41 @@ bool used = false;
 void move(Copy& copy) {
   const auto valid = static_cast<size_t>(copy.source_bytes);
   if (valid > 0) std::memcpy(copy.destination, copy.source, valid);
-  std::memset(copy.destination + valid, 0, kCopyBytes - valid);
+  std::memset(copy.destination + valid, 0, static_cast<size_t>(copy.bytes) - valid);
   copy.moved = true;
+}
+
+void issue(int bytes, uint32_t destination_smem, const void* source_gmem, int source_bytes,
+           const void* code) {
+  const auto size = static_cast<uint32_t>(bytes);
+  if (destination_smem % size != 0 || reinterpret_cast<uintptr_t>(source_gmem) % size != 0) {
+    fail("misaligned",
+         "thread " + std::to_string(current->linear) + " of " + block.name() +
+             " issues cp.async of " + std::to_string(bytes) +
+             " bytes with an address that is not a multiple of it",
+         code);
+  }
+  if (source_bytes < 0 || source_bytes > bytes || destination_smem > kSharedBytesLimit - size) {
+    fail("bad copy",
+         "thread " + std::to_string(current->linear) + " of " + block.name() +
+             " issues cp.async of " + std::to_string(source_bytes) + " bytes to shared address " +
+             std::to_string(destination_smem),
+         code);
+  }
+  used = true;
+  Copies& copies = copies_of[current->linear];
+  Copy copy{shared_memory() + destination_smem, source_gmem, bytes, source_bytes, false};
+  if (options.race) {
+    const auto group = static_cast<uint32_t>(copies.retired + copies.pending.size() + 1);
+    const Agent agent = race_copy_agent(group);
+    if (source_bytes > 0) {  // otherwise the source may point anywhere
+      race_access({copy.source, static_cast<size_t>(source_bytes), false, "cp.async", code}, agent);
+    }
+    race_access({copy.destination, size, true, "cp.async", code}, agent);
+  }
+  // In flight means at any time before the wait: at once or as late as possible shows the most.
+  if (options.random_schedule && random_below(2) == 0) move(copy);
+  copies.open.push_back(copy);
 }
 
 }  // namespace
@@ -46,33 +77,16 @@ void reset_copies(unsigned thread_count) {
   used = false;
 }
 
+void cp_async_ca_4(uint32_t destination_smem, const void* source_gmem, int source_bytes) {
+  issue(4, destination_smem, source_gmem, source_bytes, __builtin_return_address(0));
+}
+
+void cp_async_ca_8(uint32_t destination_smem, const void* source_gmem, int source_bytes) {
+  issue(8, destination_smem, source_gmem, source_bytes, __builtin_return_address(0));
+}
+
 void cp_async_cg_16(uint32_t destination_smem, const void* source_gmem, int source_bytes) {
-  if (destination_smem % kCopyBytes != 0 ||
-      reinterpret_cast<uintptr_t>(source_gmem) % kCopyBytes != 0) {
-    fail("misaligned", "thread " + std::to_string(current->linear) + " of " + block.name() +
-                           " issues cp.async with an address that is not a multiple of 16");
-  }
-  if (source_bytes < 0 || source_bytes > kCopyBytes ||
-      destination_smem > kSharedBytesLimit - kCopyBytes) {
-    fail("bad copy", "thread " + std::to_string(current->linear) + " of " + block.name() +
-                         " issues cp.async of " + std::to_string(source_bytes) +
-                         " bytes to shared address " + std::to_string(destination_smem));
-  }
-  used = true;
-  Copies& copies = copies_of[current->linear];
-  Copy copy{shared_memory() + destination_smem, source_gmem, source_bytes, false};
-  if (options.race) {
-    const auto group = static_cast<uint32_t>(copies.retired + copies.pending.size() + 1);
-    const Agent agent = race_copy_agent(group);
-    const void* code = __builtin_return_address(0);
-    if (source_bytes > 0) {  // otherwise the source may point anywhere
-      race_access({copy.source, static_cast<size_t>(source_bytes), false, "cp.async", code}, agent);
-    }
-    race_access({copy.destination, kCopyBytes, true, "cp.async", code}, agent);
-  }
-  // In flight means at any time before the wait: at once or as late as possible shows the most.
-  if (options.random_schedule && random_below(2) == 0) move(copy);
-  copies.open.push_back(copy);
+  issue(16, destination_smem, source_gmem, source_bytes, __builtin_return_address(0));
 }
 
 void cp_async_commit_group() {

@@ -182,9 +182,10 @@ void visit_byte(const Region& region, size_t index, const unsigned char* byte, c
 void access_shared(const Access& access, Agent agent, size_t offset) {
   const auto* bytes = static_cast<const unsigned char*>(access.address);
   if (offset + access.bytes > shared_size) {
-    fail("out of bounds", actor(access, agent) + " at byte " + std::to_string(offset) +
-                              " of shared memory, of which the launch has " +
-                              std::to_string(shared_size));
+    fail("out of bounds",
+         actor(access, agent) + " at byte " + std::to_string(offset) +
+             " of shared memory, of which the launch has " + std::to_string(shared_size),
+         access.code);
   }
   const Region region{shared_shadow(), clocks.first_of_block(), locate_shared};
   for (size_t i = 0; i < access.bytes; ++i) {

@@ -26,9 +26,11 @@ void on_access(void* address, size_t bytes, size_t alignment, bool write, const 
   if (!options.race || current == nullptr) return;
   const char* what = write ? "store" : "load";
   if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
-    fail("misaligned", std::string(what) + " of " + std::to_string(bytes) + " bytes by thread " +
-                           std::to_string(current->linear) + " of " + block.name() +
-                           " at an address that is not a multiple of it");
+    fail("misaligned",
+         std::string(what) + " of " + std::to_string(bytes) + " bytes by thread " +
+             std::to_string(current->linear) + " of " + block.name() +
+             " at an address that is not a multiple of it",
+         code);
   }
   if (shared) preempt();
   race_access({address, bytes, write, what, code}, race_thread_agent());

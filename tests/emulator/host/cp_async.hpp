@@ -5,6 +5,8 @@
 
 namespace llmkernels::emulator {
 
+void cp_async_ca_4(uint32_t destination_smem, const void* source_gmem, int source_bytes = 4);
+void cp_async_ca_8(uint32_t destination_smem, const void* source_gmem, int source_bytes = 8);
 void cp_async_cg_16(uint32_t destination_smem, const void* source_gmem, int source_bytes = 16);
 void cp_async_commit_group();
 void cp_async_wait_pending(int pending);

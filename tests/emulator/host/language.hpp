@@ -65,12 +65,14 @@ extern dim3 block_shape, grid_shape;
 
 unsigned char* shared_memory();
 uint32_t shared_address(const void* pointer);
+inline unsigned char* shared_pointer(uint32_t address) { return shared_memory() + address; }
 
 }  // namespace llmkernels::emulator
 
 namespace llmkernels {
 using emulator::shared_address;
-}
+using emulator::shared_pointer;
+}  // namespace llmkernels
 
 #define threadIdx (::llmkernels::emulator::current->index)
 #define blockIdx (::llmkernels::emulator::block_index)

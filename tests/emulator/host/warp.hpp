@@ -1,5 +1,5 @@
-// Shuffles and votes: collectives of the lanes named in a mask. They exchange registers and order
-// no memory.
+// Shuffles, votes and reductions: collectives of the lanes named in a mask. They exchange registers
+// and order no memory.
 #pragma once
 
 #include <cstring>
@@ -14,6 +14,10 @@ constexpr int kKeepOwn = -1;  // the source lane of a shuffle that falls outside
 uint64_t warp_shuffle(const char* name, unsigned mask, uint64_t value, int source);
 // The lanes of the mask whose predicate is true.
 unsigned warp_ballot(const char* name, unsigned mask, bool predicate);
+
+// What combine makes of the values of the lanes of the mask.
+uint32_t warp_reduce(const char* name, unsigned mask, uint32_t value,
+                     uint32_t (*combine)(uint32_t, uint32_t));
 
 template <typename T>
 T shuffle(const char* name, unsigned mask, T value, int source) {
@@ -71,3 +75,24 @@ inline int __any_sync(unsigned mask, int predicate) {
 inline int __all_sync(unsigned mask, int predicate) {
   return ::llmkernels::emulator::warp_ballot("__all_sync", mask, predicate == 0) == 0;
 }
+
+// redux.sync, of integers.
+#define LLMKERNELS_EMULATOR_REDUCTION(name, type, expression)                          \
+  inline type name(unsigned mask, type value) {                                        \
+    return static_cast<type>(::llmkernels::emulator::warp_reduce(                      \
+        #name, mask, static_cast<uint32_t>(value), [](uint32_t left, uint32_t right) { \
+          [[maybe_unused]] const auto a = static_cast<type>(left);                     \
+          [[maybe_unused]] const auto b = static_cast<type>(right);                    \
+          return static_cast<uint32_t>(expression);                                    \
+        }));                                                                           \
+  }
+LLMKERNELS_EMULATOR_REDUCTION(__reduce_add_sync, unsigned, a + b)
+LLMKERNELS_EMULATOR_REDUCTION(__reduce_min_sync, unsigned, a < b ? a : b)
+LLMKERNELS_EMULATOR_REDUCTION(__reduce_max_sync, unsigned, a < b ? b : a)
+LLMKERNELS_EMULATOR_REDUCTION(__reduce_add_sync, int, left + right)  // wraps around
+LLMKERNELS_EMULATOR_REDUCTION(__reduce_min_sync, int, a < b ? a : b)
+LLMKERNELS_EMULATOR_REDUCTION(__reduce_max_sync, int, a < b ? b : a)
+LLMKERNELS_EMULATOR_REDUCTION(__reduce_and_sync, unsigned, a& b)
+LLMKERNELS_EMULATOR_REDUCTION(__reduce_or_sync, unsigned, a | b)
+LLMKERNELS_EMULATOR_REDUCTION(__reduce_xor_sync, unsigned, a ^ b)
+#undef LLMKERNELS_EMULATOR_REDUCTION

@@ -1,7 +1,7 @@
 // What each operation gives where it is used rightly.
 #include <cstring>
 
-#include "common/launch.cuh"
+#include "common/barrier.cuh"
 #include "probes.h"
 #include "sm80/cp_async.cuh"
 
@@ -38,6 +38,24 @@ __global__ void votes(const __grid_constant__ Probe probe) {
   probe.output[128 + lane] = __ballot_sync(kFull, 1);  // lanes that have exited are not waited for
 }
 
+// Within halves of a warp and within the lanes that have not exited; output: [7, 32].
+__global__ void reductions(const __grid_constant__ Probe probe) {
+  const unsigned lane = threadIdx.x;
+  const uint32_t value = probe.input[lane];
+  const uint32_t half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
+  const uint32_t rows[6] = {
+      __reduce_add_sync(half, value),
+      __reduce_min_sync(half, value),
+      static_cast<uint32_t>(__reduce_min_sync(half, static_cast<int>(value))),
+      static_cast<uint32_t>(__reduce_max_sync(half, static_cast<int>(value))),
+      __reduce_and_sync(half, value),
+      __reduce_xor_sync(half, value),
+  };
+  for (int row = 0; row < 6; ++row) probe.output[32 * row + lane] = rows[row];
+  if (lane < 7) return;
+  probe.output[192 + lane] = __reduce_or_sync(kFull, 1u << lane);
+}
+
 // 64-bit values and floats go through whole. output: [32] sums of float(lane) and [32] pairs.
 __global__ void wide_shuffles(const __grid_constant__ Probe probe) {
   const unsigned lane = threadIdx.x;
@@ -69,7 +87,7 @@ __global__ void named_barriers(const __grid_constant__ Probe probe) {
   auto* words = reinterpret_cast<uint32_t*>(smem);
   const unsigned t = threadIdx.x, pair = t / 64;
   if (t % 64 < 32) words[t] = probe.input[t];
-  emulator::barrier_sync(1 + pair, 64);
+  bar_sync(1 + pair, 64);
   if (t % 64 >= 32) probe.output[t] = words[t - 32];
 }
 
@@ -129,23 +147,14 @@ __global__ void coordinates(const __grid_constant__ Probe probe) {
                                      blockIdx.x << 12 | blockIdx.y << 16 | blockIdx.z << 20;
 }
 
-template <void (*kernel)(Probe)>
-cudaError_t go(const Probe& probe, const Shape& shape) {
-  return launch(kernel, shape.grid, shape.block, shape.shared_bytes, nullptr, probe);
-}
-
 cudaError_t go_coordinates(const Probe& probe, const Shape&) {
   return launch(coordinates, dim3(2, 3, 2), dim3(4, 2, 3), 0, nullptr, probe);
 }
 
-struct Feature {
-  const char* name;
-  Launcher launcher;
-};
-
 constexpr Feature kFeatures[] = {
     {"shuffles", go<shuffles>},
     {"votes", go<votes>},
+    {"reductions", go<reductions>},
     {"wide_shuffles", go<wide_shuffles>},
     {"reverse", go<reverse>},
     {"named_barriers", go<named_barriers>},
@@ -158,11 +167,6 @@ constexpr Feature kFeatures[] = {
 
 }  // namespace
 
-Launcher find_feature(const char* name) {
-  for (const Feature& feature : kFeatures) {
-    if (std::strcmp(feature.name, name) == 0) return feature.launcher;
-  }
-  return nullptr;
-}
+Launcher find_feature(const char* name) { return find(kFeatures, name); }
 
 }  // namespace llmkernels::probes

@@ -12,9 +12,10 @@ namespace {
 
 void run(const std::string& name, bool bug, uintptr_t input, uintptr_t output, int count,
          unsigned grid, unsigned block, size_t shared_bytes) {
-  const probes::Launcher feature = probes::find_feature(name.c_str());
-  const probes::Launcher launcher =
-      feature != nullptr ? feature : probes::find_twin(name.c_str(), bug);
+  probes::Launcher launcher = probes::find_feature(name.c_str());
+  if (launcher == nullptr) launcher = probes::find_fragment_feature(name.c_str());
+  if (launcher == nullptr) launcher = probes::find_twin(name.c_str(), bug);
+  if (launcher == nullptr) launcher = probes::find_matrix_twin(name.c_str(), bug);
   if (launcher == nullptr) throw py::value_error("no kernel is called " + name);
   const probes::Probe probe{reinterpret_cast<const uint32_t*>(input),
                             reinterpret_cast<uint32_t*>(output), count};

@@ -1,7 +1,9 @@
 // Tiny kernels that show one feature each, or hold one bug beside the right twin.
 #pragma once
 
-#include "common/platform.cuh"
+#include <cstring>
+
+#include "common/launch.cuh"
 
 namespace llmkernels::probes {
 
@@ -18,8 +20,44 @@ struct Shape {
 
 using Launcher = cudaError_t (*)(const Probe& probe, const Shape& shape);
 
-// The launcher of a kernel; `bug` chooses the twin that has it. Null for an unknown name.
+template <void (*kernel)(Probe)>
+cudaError_t go(const Probe& probe, const Shape& shape) {
+  return launch(kernel, shape.grid, shape.block, shape.shared_bytes, nullptr, probe);
+}
+
+struct Feature {
+  const char* name;
+  Launcher launcher;
+};
+
+struct Twins {
+  const char* name;
+  Launcher right, bug;
+};
+
+#define LLMKERNELS_TWINS(kernel) {#kernel, go<kernel<false>>, go<kernel<true>>}
+
+template <size_t kCount>
+Launcher find(const Feature (&features)[kCount], const char* name) {
+  for (const Feature& feature : features) {
+    if (std::strcmp(feature.name, name) == 0) return feature.launcher;
+  }
+  return nullptr;
+}
+
+template <size_t kCount>
+Launcher find(const Twins (&pairs)[kCount], const char* name, bool bug) {
+  for (const Twins& twins : pairs) {
+    if (std::strcmp(twins.name, name) == 0) return bug ? twins.bug : twins.right;
+  }
+  return nullptr;
+}
+
+// The launcher of a kernel; `bug` chooses the twin that has it. Null for a name that the file does
+// not have.
 Launcher find_feature(const char* name);
+Launcher find_fragment_feature(const char* name);
 Launcher find_twin(const char* name, bool bug);
+Launcher find_matrix_twin(const char* name, bool bug);
 
 }  // namespace llmkernels::probes

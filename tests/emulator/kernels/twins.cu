@@ -1,7 +1,5 @@
 // Kernels with a bug that the emulator must report, each beside the twin that has it not.
-#include <cstring>
-
-#include "common/launch.cuh"
+#include "common/barrier.cuh"
 #include "probes.h"
 #include "sm80/cp_async.cuh"
 
@@ -184,8 +182,8 @@ template <bool kBug>
 __global__ void deadlock(const __grid_constant__ Probe probe) {
   const unsigned warp = threadIdx.x / 32;
   const unsigned first = kBug ? 1 + warp : 1;
-  emulator::barrier_sync(first, 64);
-  emulator::barrier_sync(3 - first, 64);
+  bar_sync(first, 64);
+  bar_sync(3 - first, 64);
   probe.output[threadIdx.x] = probe.input[threadIdx.x];
 }
 
@@ -242,17 +240,6 @@ __global__ void unmapped(const __grid_constant__ Probe probe) {
   probe.output[threadIdx.x] = pointer[threadIdx.x];
 }
 
-template <void (*kernel)(Probe)>
-cudaError_t go(const Probe& probe, const Shape& shape) {
-  return launch(kernel, shape.grid, shape.block, shape.shared_bytes, nullptr, probe);
-}
-
-struct Twins {
-  const char* name;
-  Launcher right, bug;
-};
-
-#define LLMKERNELS_TWINS(kernel) {#kernel, go<kernel<false>>, go<kernel<true>>}
 constexpr Twins kTwins[] = {
     LLMKERNELS_TWINS(missing_barrier),
     LLMKERNELS_TWINS(missing_warp_sync),
@@ -280,15 +267,9 @@ constexpr Twins kTwins[] = {
     LLMKERNELS_TWINS(block_reads_its_neighbour),
     LLMKERNELS_TWINS(unmapped),
 };
-#undef LLMKERNELS_TWINS
 
 }  // namespace
 
-Launcher find_twin(const char* name, bool bug) {
-  for (const Twins& twins : kTwins) {
-    if (std::strcmp(twins.name, name) == 0) return bug ? twins.bug : twins.right;
-  }
-  return nullptr;
-}
+Launcher find_twin(const char* name, bool bug) { return find(kTwins, name, bug); }
 
 }  // namespace llmkernels::probes

@@ -1,0 +1,7 @@
+#include "backward_bias.cuh"
+
+namespace llmkernels::attention {
+
+template cudaError_t backward_bias_of<BFloat16>(const AttentionBackward&, cudaStream_t);
+
+}  // namespace llmkernels::attention

@@ -1,0 +1,7 @@
+#include "forward.cuh"
+
+namespace llmkernels::attention {
+
+template cudaError_t forward_of<Float16>(const AttentionForward&, cudaStream_t);
+
+}  // namespace llmkernels::attention
